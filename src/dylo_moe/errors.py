@@ -1,0 +1,144 @@
+"""Every error that dylo_moe raises on purpose.
+
+DyloMoeError
+├── CheckpointError (ValueError)        something on disk is not what it should be
+│   ├── UnknownFormat                   no rule recognises the directory
+│   ├── MissingFile                     a file that the layout needs is absent, or is not a regular file inside it
+│   ├── UnreadableFile                  truncated safetensors, invalid JSON, refused pickle
+│   ├── InvalidField                    a configuration field has a wrong type or an impossible value
+│   ├── ExpertMissing                   an expert that the configuration names has no files
+│   ├── ExpertEmpty                     an expert has no tensors
+│   ├── ExpertCountMismatch             configuration, files and router disagree about the number of experts
+│   ├── ForeignTensor                   a tensor that does not belong to this file (base weight, other expert)
+│   ├── IncompletePair                  a LoRA A without its B, or the reverse
+│   ├── ShapeMismatch                   a tensor's shape contradicts the configuration, the base or its partner
+│   ├── GateMissing                     a router without its gate tensor
+│   ├── DtypeUnsupported                an integer or otherwise unusable dtype in an expert or router
+│   ├── NonFiniteTensor                 NaN or infinity in a tensor or field
+│   ├── BaseModelUnknown                the base model is neither recorded nor given, or not available locally
+│   └── HashMismatch                    a file's SHA-256 is not the expected one
+├── RoutingError (ValueError)           the request cannot be routed as asked
+│   ├── UnknownExpert (IndexError)      an expert id outside the range
+│   ├── UnknownStrategy                 a routing strategy that does not exist, or that this model cannot run
+│   └── CacheWithoutFeatures            a non-empty KV cache that lacks the router's own half
+└── SampleFileError (ValueError)        an existing sample or result file belongs to another run, or is damaged
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+
+class DyloMoeError(Exception):
+    """Base of every error raised on purpose; its text is one line meant for the user."""
+
+
+class CheckpointError(DyloMoeError, ValueError):
+    """A checkpoint cannot be used. The message is one line: file, field, what was found, what was expected.
+
+    Args:
+        file: the file or directory at fault.
+        field: the JSON field, tensor or part of it; empty when the file as a whole is at fault.
+        found: what is there.
+        expected: what should be there, and, where it helps, what to do.
+    """
+
+    def __init__(self, file: str | Path, field: str, *, found: object, expected: object) -> None:
+        self.file = Path(file)
+        self.field = field
+        self.found = str(found)
+        self.expected = str(expected)
+        where = f"{self.file}: {field}" if field else f"{self.file}"
+        super().__init__(_one_line(f"{where}: found {self.found}, expected {self.expected}"))
+
+    def __reduce__(self) -> tuple:
+        return _rebuild, (type(self), str(self.file), self.field, self.found, self.expected)
+
+
+def _rebuild(kind: type[CheckpointError], file: str, field: str, found: str, expected: str) -> CheckpointError:
+    return kind(file, field, found=found, expected=expected)
+
+
+def _one_line(text: str, limit: int = 600) -> str:
+    flat = " ".join(text.split())
+    return flat if len(flat) <= limit else f"{flat[: limit - 3]}..."
+
+
+class UnknownFormat(CheckpointError):
+    pass
+
+
+class MissingFile(CheckpointError):
+    pass
+
+
+class UnreadableFile(CheckpointError):
+    pass
+
+
+class InvalidField(CheckpointError):
+    pass
+
+
+class ExpertMissing(CheckpointError):
+    pass
+
+
+class ExpertEmpty(CheckpointError):
+    pass
+
+
+class ExpertCountMismatch(CheckpointError):
+    pass
+
+
+class ForeignTensor(CheckpointError):
+    pass
+
+
+class IncompletePair(CheckpointError):
+    pass
+
+
+class ShapeMismatch(CheckpointError):
+    pass
+
+
+class GateMissing(CheckpointError):
+    pass
+
+
+class DtypeUnsupported(CheckpointError):
+    pass
+
+
+class NonFiniteTensor(CheckpointError):
+    pass
+
+
+class BaseModelUnknown(CheckpointError):
+    pass
+
+
+class HashMismatch(CheckpointError):
+    pass
+
+
+class RoutingError(DyloMoeError, ValueError):
+    """A forward pass or generation cannot be routed as asked."""
+
+
+class UnknownExpert(RoutingError, IndexError):
+    """An expert id is not in range(num_experts)."""
+
+
+class UnknownStrategy(RoutingError):
+    """The routing strategy does not exist, or this model cannot run it. The message names the legal ones."""
+
+
+class CacheWithoutFeatures(RoutingError):
+    """A KV cache holds tokens but not the router's features of them, so decoding from it could not be exact."""
+
+
+class SampleFileError(DyloMoeError, ValueError):
+    """An existing sample or result file belongs to another run, or is damaged beyond its last line."""

@@ -1,0 +1,98 @@
+"""What a LoRA-MoE checkpoint is once it has been read and validated: frozen, on the CPU, independent of its layout."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from torch import Tensor
+
+ROUTER_FEATURES = ("base", "all_experts", "embedding", "layer")
+
+
+@dataclass(frozen=True)
+class LoraPair:
+    """One adapter on one Linear: delta(x) = scaling * B (A x).
+
+    lora_A: (rank, in_features); lora_B: (out_features, rank).
+    scaling is alpha / rank, or alpha / sqrt(rank) with rank-stabilised LoRA (arXiv 2312.03732).
+    """
+
+    lora_A: Tensor
+    lora_B: Tensor
+    alpha: float
+    use_rslora: bool = False
+
+    @property
+    def rank(self) -> int:
+        return self.lora_A.shape[0]
+
+    @property
+    def scaling(self) -> float:
+        return self.alpha / (self.rank**0.5 if self.use_rslora else self.rank)
+
+
+@dataclass(frozen=True)
+class Expert:
+    """One LoRA expert. `modules` maps the module's path in the base model ("model.layers.0.self_attn.q_proj") to its pair."""
+
+    name: str
+    modules: Mapping[str, LoraPair]
+
+
+@dataclass(frozen=True)
+class RouterState:
+    """A DynamicHybridRouter on disk. weight: (experts, hidden); bias: (experts,) or None."""
+
+    weight: Tensor
+    bias: Tensor | None
+    features: str
+    top_k: int = 1
+    temperature: float = 2.0
+
+    @property
+    def num_experts(self) -> int:
+        return self.weight.shape[0]
+
+    @property
+    def hidden_size(self) -> int:
+        return self.weight.shape[1]
+
+
+@dataclass(frozen=True)
+class Checkpoint:
+    """A validated checkpoint.
+
+    Attributes:
+        path: the directory or file that the user named.
+        format: the name that `detect_model_format` returns.
+        base_model: recorded name or path of the base model; None when no file records it or the checkpoint is its own base.
+        base_config: the base model's configuration, where the checkpoint holds it (full-state and merged layouts).
+        base_state: base weights by base-model parameter name, where the checkpoint holds them (full-state layouts).
+        experts: in router-column order; empty for a merged model.
+        router: None for a bag of LoRAs, a plain LoRA or a merged model.
+        load_balance: fields of MoELoraConfig about the auxiliary loss, where recorded.
+        tokenizer: directory that holds tokenizer files, where there is one.
+        assumptions: values that no file records and that were therefore assumed, e.g. {"top_k": 1}; shown to the user.
+        warnings: one line each; shown to the user.
+        hashes: SHA-256 of every file that was read, by path relative to `path`.
+    """
+
+    path: Path
+    format: str
+    base_model: str | None
+    experts: tuple[Expert, ...]
+    router: RouterState | None
+    base_config: Mapping[str, Any] | None = None
+    base_state: Mapping[str, Tensor] | None = None
+    load_balance: Mapping[str, Any] = field(default_factory=dict)
+    tokenizer: Path | None = None
+    assumptions: Mapping[str, Any] = field(default_factory=dict)
+    warnings: tuple[str, ...] = ()
+    hashes: Mapping[str, str] = field(default_factory=dict)
+
+    @property
+    def num_experts(self) -> int:
+        return len(self.experts)
