@@ -21,6 +21,10 @@ DyloMoeError
 │   ├── UnknownExpert (IndexError)      an expert id outside the range
 │   ├── UnknownStrategy                 a routing strategy that does not exist, or that this model cannot run
 │   └── CacheWithoutFeatures            a non-empty KV cache that lacks the router's own half
+├── OptionError (ValueError)            an option, or a combination of options, that cannot be used
+├── PromptError (ValueError)            a prompt cannot be made or does not fit: chat template, positions
+├── TaskSetError (ValueError)           a task file that cannot be used, or tasks without samples
+├── ScoringError                        the process that runs generated code cannot do its work
 └── SampleFileError (ValueError)        an existing sample or result file belongs to another run, or is damaged
 """
 
@@ -138,6 +142,22 @@ class UnknownStrategy(RoutingError):
 
 class CacheWithoutFeatures(RoutingError):
     """A KV cache holds tokens but not the router's features of them, so decoding from it could not be exact."""
+
+
+class OptionError(DyloMoeError, ValueError):
+    """An option, or a combination of options, cannot be used. The message says what can."""
+
+
+class PromptError(DyloMoeError, ValueError):
+    """A prompt cannot be built (chat template) or does not fit the model."""
+
+
+class TaskSetError(DyloMoeError, ValueError):
+    """A task file is unusable, or tasks that must be scored have no samples."""
+
+
+class ScoringError(DyloMoeError):
+    """The process that runs generated code, or the canonical solutions, cannot do its work."""
 
 
 class SampleFileError(DyloMoeError, ValueError):
