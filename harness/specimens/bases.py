@@ -54,7 +54,7 @@ def _gemma(shared: dict[str, int]) -> GemmaConfig:
 
 
 def _gpt2(shared: dict[str, int]) -> GPT2Config:
-    """Conv1D layers, which store weights as (in, out); learned positions; dropout off, so that train() stays comparable."""
+    """Conv1D layers, which store weights as (in, out); learned positions; no dropout: train() stays comparable."""
     return GPT2Config(
         n_embd=44,
         n_inner=76,
@@ -103,7 +103,7 @@ def write_base(
     directory = Path(directory)
     tokenizer = train_tokenizer(family, chat_template=chat_template)
     config = _CONFIGS[family](_shared_fields(tokenizer))
-    with torch.random.fork_rng(devices=[]):  # from_config draws from the global generator; its values are replaced below
+    with torch.random.fork_rng(devices=[]):  # from_config draws from the global generator; _fill replaces the values
         model = AutoModelForCausalLM.from_config(config, dtype=torch.float32)
     _fill(model, seed)
     model.to(getattr(torch, dtype)).save_pretrained(directory)
@@ -121,7 +121,7 @@ def _shared_fields(tokenizer: PreTrainedTokenizerFast) -> dict[str, int]:
 
 
 def _fill(model: nn.Module, seed: int) -> None:
-    """Draws every parameter from a generator of its own, seeded by its name: no draw depends on the order of the others.
+    """Draws every parameter from its own generator, seeded by its name: no draw depends on the order of the others.
 
     NumPy rather than torch, whose normal draws differ between CPUs with and without AVX2.
     """
@@ -149,5 +149,5 @@ def _gain(name: str, model_type: str) -> float:
     if "lm_head" in name:
         return 2.5
     if model_type == "gemma" and ("o_proj" in name or "down_proj" in name):
-        return 4.0  # Gemma multiplies embeddings by sqrt(hidden): layers that wrote less would leave a model that copies
+        return 4.0  # Gemma multiplies embeddings by sqrt(hidden): with less from its layers, the model copies
     return 1.2
