@@ -1,0 +1,106 @@
+"""Disk -> Checkpoint: every layout of a LoRA mixture of experts, detected, read and validated. Nothing else opens checkpoints."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Mapping
+from dataclasses import replace
+from pathlib import Path
+
+from dylo_moe.errors import HashMismatch
+from dylo_moe.formats import dylora, native, peft_lora
+from dylo_moe.formats.checkpoint import ROUTER_FEATURES, Checkpoint, Expert, LoraPair, RouterState
+from dylo_moe.formats.detect import BUNDLE, BUNDLE_FILE, FORMATS, FULL_STATE, detect
+from dylo_moe.formats.dylora_bundle import read_bundle
+from dylo_moe.formats.dylora_full import read_full_state
+from dylo_moe.formats.files import CheckpointFiles
+from dylo_moe.formats.merged import read_merged
+from dylo_moe.formats.native_write import write_native
+from dylo_moe.formats.options import ReadOptions
+
+__all__ = [
+    "FORMATS",
+    "ROUTER_FEATURES",
+    "Checkpoint",
+    "Expert",
+    "LoraPair",
+    "RouterState",
+    "combined_hash",
+    "detect_model_format",
+    "read_checkpoint",
+    "write_native",
+]
+
+
+def detect_model_format(path: str | Path) -> str:
+    """The format of a checkpoint: one of FORMATS. Opens JSON and safetensors headers only.
+
+    Raises:
+        UnknownFormat: no rule fits, or two do; the message lists what was found and what is known.
+        MissingFile: nothing there. UnreadableFile, InvalidField: a file that decides is damaged.
+    """
+    path = Path(path)
+    return detect(CheckpointFiles(_root(path)), path)
+
+
+def read_checkpoint(
+    path: str | Path,
+    *,
+    lora_alpha: float | None = None,
+    top_k: int | None = None,
+    temperature: float | None = None,
+    router_features: str | None = None,
+    expect_hash: str | Mapping[str, str] | None = None,
+) -> Checkpoint:
+    """Read and validate a checkpoint of any format.
+
+    Args:
+        path: a directory, or a single .pt file of DyLoRA-MoE.
+        lora_alpha: for layouts that record no alpha.
+        top_k, temperature, router_features: take the place of what the files record or leave open.
+        expect_hash: SHA-256 by relative file name, or the `combined_hash` of all files read.
+
+    Raises:
+        CheckpointError: one of its subclasses, naming file and field, what was found and what was expected.
+    """
+    path = Path(path)
+    pinned = expect_hash if isinstance(expect_hash, Mapping) else None
+    files = CheckpointFiles(_root(path), pinned)
+    options = ReadOptions(lora_alpha, top_k, temperature, router_features)
+    checkpoint = _read(files, detect(files, path), path, options)
+    files.check_all_expected_read()
+    if isinstance(expect_hash, str) and combined_hash(files.hashes) != expect_hash.lower():
+        raise HashMismatch(path, "combined sha256", found=combined_hash(files.hashes), expected=expect_hash)
+    return replace(
+        checkpoint,
+        path=path,
+        hashes=dict(files.hashes),
+        warnings=tuple(files.warnings),
+        assumptions=dict(files.assumptions),
+    )
+
+
+def combined_hash(hashes: Mapping[str, str]) -> str:
+    """One SHA-256 for a checkpoint: of the lines "<sha256>  <relative name>", sorted by name, as sha256sum prints them."""
+    lines = "".join(f"{digest}  {name}\n" for name, digest in sorted(hashes.items()))
+    return hashlib.sha256(lines.encode()).hexdigest()
+
+
+def _root(path: Path) -> Path:
+    return path.parent if path.is_file() else path
+
+
+def _read(files: CheckpointFiles, name: str, path: Path, options: ReadOptions) -> Checkpoint:
+    readers = {
+        native.FORMAT: native.read_native,
+        dylora.FORMAT: dylora.read_separated,
+        FULL_STATE: read_full_state,
+        peft_lora.LORA_FORMAT: peft_lora.read_lora,
+        peft_lora.BAG_FORMAT: peft_lora.read_bag,
+        "merged": read_merged,
+    }
+    if name == BUNDLE:
+        return read_bundle(files, options, path if path.is_file() else path / BUNDLE_FILE)
+    if name == FULL_STATE and path.is_file():
+        return read_full_state(files, options, path)
+    return readers[name](files, options)

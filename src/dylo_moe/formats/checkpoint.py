@@ -36,10 +36,15 @@ class LoraPair:
 
 @dataclass(frozen=True)
 class Expert:
-    """One LoRA expert. `modules` maps the module's path in the base model ("model.layers.0.self_attn.q_proj") to its pair."""
+    """One LoRA expert. `modules` maps the module's path in the base model ("model.layers.0.self_attn.q_proj") to its pair.
+
+    targets: plain module names ("q_proj") that must have a pair wherever the base model has such a module; empty where the
+    configuration restricts the layers, gives a pattern, or is absent.
+    """
 
     name: str
     modules: Mapping[str, LoraPair]
+    targets: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True)

@@ -1,0 +1,38 @@
+"""A plain transformers model, for example with an expert merged into it; DyLoRA-MoE's marks in config.json do not matter."""
+
+from __future__ import annotations
+
+from dylo_moe.formats.adapter import check_finite
+from dylo_moe.formats.checkpoint import Checkpoint
+from dylo_moe.formats.dylora_config import is_dylora_config
+from dylo_moe.formats.files import CheckpointFiles
+from dylo_moe.formats.options import ReadOptions
+from dylo_moe.formats.tokenizer_files import tokenizer_directory
+from dylo_moe.formats.weights import find_weights
+
+FORMAT = "merged"
+
+
+def read_merged(files: CheckpointFiles, options: ReadOptions) -> Checkpoint:
+    """Hash and check the weights; transformers loads them, so they are not kept.
+
+    Raises:
+        CheckpointError: any of its subclasses, naming file and field.
+    """
+    config = files.read_json(files.root / "config.json")
+    weights = find_weights(files, files.root)
+    files.convert(weights.paths if weights.is_pickled else ())
+    for path in weights.paths:
+        tensors = files.tensors(path) if path.suffix == ".safetensors" else files.pickle(path)
+        check_finite(tensors, path)
+    if is_dylora_config(config):
+        files.warn("config.json says DyLoRA-MoE, but the weights are a plain model: there are no experts to route")
+    return Checkpoint(
+        path=files.root,
+        format=FORMAT,
+        base_model=None,
+        experts=(),
+        router=None,
+        base_config=config,
+        tokenizer=tokenizer_directory(files.root),
+    )

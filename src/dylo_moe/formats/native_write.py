@@ -1,0 +1,184 @@
+"""The native format, writing: everything goes into a private directory beside the target, then one rename."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import shutil
+import tempfile
+from collections import Counter
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import save_file
+from torch import Tensor
+
+from dylo_moe.errors import InvalidField, UnreadableFile
+from dylo_moe.formats.adapter import check_expert_name
+from dylo_moe.formats.checkpoint import Checkpoint, Expert, LoraPair
+from dylo_moe.formats.native import CONFIG, EXPERTS, MARK, ROUTER, VERSION
+from dylo_moe.formats.tokenizer_files import tokenizer_files
+
+
+def write_native(directory: str | Path, checkpoint: Checkpoint) -> Path:
+    """Write experts, router and settings of `checkpoint`; reading them back gives the same tensors, bit for bit.
+
+    The tokenizer's files are copied where `checkpoint.tokenizer` names a directory. Files in `directory` that are not ours stay.
+
+    Raises:
+        InvalidField: no experts, an impossible expert name, or a directory with other contents than an earlier checkpoint.
+        UnreadableFile: the directory cannot be written.
+    """
+    target = Path(directory)
+    _check_experts(checkpoint, target)
+    _check_target(target)
+    try:
+        target.parent.mkdir(parents=True, exist_ok=True)
+        scratch = Path(tempfile.mkdtemp(prefix=f".{target.name}.", dir=target.parent))
+        try:
+            _write_files(scratch, checkpoint)
+            _swap(scratch, target)
+        finally:
+            shutil.rmtree(scratch, ignore_errors=True)
+    except OSError as error:
+        raise UnreadableFile(target, "", found=f"error {error.strerror}", expected="a writable directory") from error
+    return target
+
+
+def _check_experts(checkpoint: Checkpoint, target: Path) -> None:
+    if not checkpoint.experts:
+        raise InvalidField(target, "experts", found="no experts", expected="at least one")
+    names = [expert.name for expert in checkpoint.experts]
+    for name in names:
+        check_expert_name(name, target)
+        if names.count(name) > 1:
+            raise InvalidField(target, "experts", found=f"{name!r} twice", expected="each name once")
+
+
+def _check_target(target: Path) -> None:
+    if not os.path.lexists(target):
+        return
+    if not target.is_dir() or target.is_symlink():
+        raise InvalidField(target, "", found="something that is not a directory", expected="a new directory")
+    if any(target.iterdir()) and not (target / CONFIG).is_file():
+        expected = "a new or empty directory, or an earlier checkpoint of this format"
+        raise InvalidField(target, "", found=f"a directory with contents but without {CONFIG}", expected=expected)
+
+
+def _write_files(directory: Path, checkpoint: Checkpoint) -> None:
+    os.chmod(directory, 0o777 & ~_umask())
+    for expert in checkpoint.experts:
+        _write_expert(directory / EXPERTS / expert.name, expert, checkpoint.base_model)
+    router = checkpoint.router
+    if router is not None:
+        gate = {"gate.weight": router.weight} | ({} if router.bias is None else {"gate.bias": router.bias})
+        _save(directory / ROUTER, gate)
+    if checkpoint.tokenizer is not None:
+        for path in tokenizer_files(checkpoint.tokenizer):
+            shutil.copyfile(path, directory / path.name)
+    _write_json(directory / CONFIG, _moe_config(checkpoint))
+
+
+def _moe_config(checkpoint: Checkpoint) -> dict[str, Any]:
+    router = checkpoint.router
+    return {
+        "format": MARK,
+        "format_version": VERSION,
+        "base_model_name_or_path": checkpoint.base_model,
+        "num_experts": checkpoint.num_experts,
+        "experts": [{"name": expert.name, "scaling": _default_pair(expert).scaling} for expert in checkpoint.experts],
+        "router": None
+        if router is None
+        else {
+            "type": "dynamic_hybrid",
+            "features": router.features,
+            "hidden_size": router.hidden_size,
+            "top_k": router.top_k,
+            "temperature": router.temperature,
+        },
+        "load_balance": dict(checkpoint.load_balance),
+    }
+
+
+def _write_expert(directory: Path, expert: Expert, base_model: str | None) -> None:
+    directory.mkdir(parents=True)
+    tensors = {}
+    for module, pair in expert.modules.items():
+        tensors[f"base_model.model.{module}.lora_A.weight"] = pair.lora_A
+        tensors[f"base_model.model.{module}.lora_B.weight"] = pair.lora_B
+    _save(directory / "adapter_model.safetensors", tensors)
+    _write_json(directory / "adapter_config.json", _adapter_config(expert, base_model, directory))
+
+
+def _adapter_config(expert: Expert, base_model: str | None, directory: Path) -> dict[str, Any]:
+    default = _default_pair(expert)
+    if any(pair.use_rslora != default.use_rslora for pair in expert.modules.values()):
+        raise InvalidField(directory, "use_rslora", found="true and false in one expert", expected="one of them")
+    return {
+        "peft_type": "LORA",
+        "task_type": "CAUSAL_LM",
+        "base_model_name_or_path": base_model,
+        "inference_mode": True,
+        "r": default.rank,
+        "lora_alpha": _plain(default.alpha),
+        "lora_dropout": 0.0,
+        "use_rslora": default.use_rslora,
+        "bias": "none",
+        "fan_in_fan_out": False,
+        "target_modules": list(expert.targets) or sorted(expert.modules),
+        "rank_pattern": {_exactly(name): pair.rank for name, pair in expert.modules.items() if pair.rank != default.rank},
+        "alpha_pattern": {
+            _exactly(name): _plain(pair.alpha) for name, pair in expert.modules.items() if pair.alpha != default.alpha
+        },
+    }
+
+
+def _default_pair(expert: Expert) -> LoraPair:
+    """The pair whose rank and alpha are the most frequent, the first of them; the others go into patterns."""
+    pairs = list(expert.modules.values())
+    rank, alpha = Counter((pair.rank, pair.alpha) for pair in pairs).most_common(1)[0][0]
+    return next(pair for pair in pairs if (pair.rank, pair.alpha) == (rank, alpha))
+
+
+def _exactly(module: str) -> str:
+    return re.escape(module)  # rank_pattern and alpha_pattern are regular expressions
+
+
+def _plain(alpha: float) -> int | float:
+    return int(alpha) if float(alpha).is_integer() else alpha
+
+
+def _save(path: Path, tensors: dict[str, Tensor]) -> None:
+    own = {key: tensor.detach().to("cpu", copy=True).contiguous() for key, tensor in tensors.items()}
+    with torch.no_grad():
+        save_file(own, path, metadata={"format": "pt"})
+
+
+def _write_json(path: Path, value: dict[str, Any]) -> None:
+    path.write_text(json.dumps(value, indent=2) + "\n")
+
+
+def _umask() -> int:
+    mask = os.umask(0o022)
+    os.umask(mask)
+    return mask
+
+
+def _swap(scratch: Path, target: Path) -> None:
+    """Put `scratch` in the place of `target`; what else lies in an earlier checkpoint moves along."""
+    if not target.exists():
+        os.rename(scratch, target)
+        return
+    if not any(target.iterdir()):
+        os.rename(scratch, target)  # rename replaces an empty directory
+        return
+    old = Path(tempfile.mkdtemp(prefix=f".{target.name}.old.", dir=target.parent))
+    os.rename(target, old / "checkpoint")
+    os.rename(scratch, target)
+    ours = {CONFIG, ROUTER, EXPERTS}
+    for entry in sorted((old / "checkpoint").iterdir()):
+        if entry.name not in ours and not (target / entry.name).exists():
+            os.rename(entry, target / entry.name)
+    shutil.rmtree(old)

@@ -1,0 +1,63 @@
+"""Names and regular expressions of adapter configurations, matched as PEFT matches them but under a time limit."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from pathlib import Path
+from typing import TypeVar
+
+import regex
+
+from dylo_moe.errors import InvalidField
+
+Value = TypeVar("Value")
+
+MAX_PATTERN_CHARACTERS = 1_000
+# A sane pattern needs microseconds per name; a hostile one needs years.
+SECONDS_PER_MATCH = 0.2
+
+
+def pattern_value(patterns: dict[str, Value], module: str, default: Value, *, file: Path, field: str) -> Value:
+    """The value of the first pattern that matches the end of a module's path, at a dot; `default` where none does.
+
+    The rule of PEFT's rank_pattern and alpha_pattern (peft.utils.other.get_pattern_key).
+    """
+    if module in patterns:
+        return patterns[module]
+    for pattern, value in patterns.items():
+        if fullmatch(rf"(?:.*\.)?(?:{pattern})", module, file=file, field=field):
+            return value
+    return default
+
+
+def fullmatch(pattern: str, text: str, *, file: Path, field: str) -> bool:
+    """Whether the pattern matches the whole text.
+
+    Raises:
+        InvalidField: the pattern is longer than 1,000 characters, is not a regular expression, or takes longer than 0.2 s.
+    """
+    if len(pattern) > MAX_PATTERN_CHARACTERS:
+        raise InvalidField(file, field, found=f"a pattern of {len(pattern):,} characters", expected="a short pattern")
+    try:
+        return regex.fullmatch(pattern, text, timeout=SECONDS_PER_MATCH) is not None
+    except TimeoutError as error:
+        found = f"{pattern[:80]!r}, which takes more than {SECONDS_PER_MATCH} s to match"
+        raise InvalidField(file, field, found=found, expected="plain module names") from error
+    except (regex.error, RecursionError, OverflowError, MemoryError) as error:
+        found = f"{pattern[:80]!r} ({error})"
+        raise InvalidField(file, field, found=found, expected="a regular expression or plain module names") from error
+
+
+def ends_with(module: str, name: str) -> bool:
+    """PEFT's rule for a plain target name: the whole path, or its end at a dot."""
+    return module == name or module.endswith(f".{name}")
+
+
+def natural_key(name: str) -> tuple[tuple[bool, int, str], ...]:
+    """Sort key under which expert_10 follows expert_9."""
+    parts = regex.findall(r"[0-9]+|[^0-9]+", name)
+    return tuple((not part.isdigit(), int(part) if part.isdigit() else 0, part) for part in parts)
+
+
+def natural_sorted(names: Iterable[str]) -> list[str]:
+    return sorted(names, key=natural_key)

@@ -1,0 +1,48 @@
+"""A plain PEFT LoRA directory, and a bag: several of them side by side, without a router."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from dylo_moe.errors import ExpertMissing
+from dylo_moe.formats.adapter import one_base_model, pickled_weights, read_adapter
+from dylo_moe.formats.checkpoint import Checkpoint
+from dylo_moe.formats.files import CheckpointFiles
+from dylo_moe.formats.options import ReadOptions
+from dylo_moe.formats.patterns import natural_key
+from dylo_moe.formats.tokenizer_files import tokenizer_directory
+
+LORA_FORMAT = "peft-lora"
+BAG_FORMAT = "lora-bag"
+
+
+def read_lora(files: CheckpointFiles, options: ReadOptions) -> Checkpoint:
+    """One adapter at the root; its expert is called "default", as PEFT would call it."""
+    return _read(files, [files.root], ["default"], LORA_FORMAT)
+
+
+def read_bag(files: CheckpointFiles, options: ReadOptions) -> Checkpoint:
+    """One adapter per subdirectory; expert_10 follows expert_9."""
+    directories = adapter_directories(files.root)
+    if not directories:
+        raise ExpertMissing(files.root, "", found="no adapters", expected="subdirectories with adapter_config.json")
+    return _read(files, directories, [directory.name for directory in directories], BAG_FORMAT)
+
+
+def adapter_directories(root: Path) -> list[Path]:
+    """Subdirectories that hold an adapter_config.json, in natural order of their names."""
+    found = [entry for entry in root.iterdir() if (entry / "adapter_config.json").is_file()]
+    return sorted(found, key=lambda entry: natural_key(entry.name))
+
+
+def _read(files: CheckpointFiles, directories: list[Path], names: list[str], name: str) -> Checkpoint:
+    files.convert(pickled_weights(files, directories))
+    read = [read_adapter(files, path, each) for path, each in zip(directories, names, strict=True)]
+    return Checkpoint(
+        path=files.root,
+        format=name,
+        base_model=one_base_model(config for _, config in read),
+        experts=tuple(expert for expert, _ in read),
+        router=None,
+        tokenizer=tokenizer_directory(files.root),
+    )
