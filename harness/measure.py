@@ -121,16 +121,17 @@ def assert_ratio_at_most(timer: PairedTimer, limit: float, *, what: str, most_pa
             return found
         if found.low > limit:
             record(comparison)
-            raise Mismatch(
-                f"{what}: {found.ratio:.3g} times, allowed {limit:.3g}; 95 % bounds {found.low:.3g} to {found.high:.3g},
-                " f"ratio of minima {found.of_minima:.3g}, {found.pairs} pairs", comparison,
-            )
+            raise Mismatch(f"{what}: {_told(found, limit)}", comparison)
         if found.pairs >= most_pairs:
-            raise Inconclusive(
-                f"{what}: {found.ratio:.3g} times, allowed {limit:.3g}, and after {found.pairs} pairs the 95 % bounds
-                are still " f"{found.low:.3g} to {found.high:.3g}; run it on a quieter machine"
-            )
+            raise Inconclusive(f"{what}: {_told(found, limit)}: cannot tell; run it on a quieter machine")
         found = timer.more(min(found.pairs, most_pairs - found.pairs))
+
+
+def _told(found: PairedRatio, limit: float) -> str:
+    return (
+        f"{found.ratio:.3g} times, allowed {limit:.3g} (95 % bounds {found.low:.3g} to {found.high:.3g}, "
+        f"ratio of minima {found.of_minima:.3g}, {found.pairs} pairs)"
+    )
 
 
 @contextmanager
