@@ -132,8 +132,13 @@ def _read_expert(
 
 
 def with_own_targets(expert: Expert) -> Expert:
-    """DyLoRA-MoE wraps a module in every layer or in none, so the last parts of the paths are the target names."""
-    return replace(expert, targets=tuple(sorted({module.rpartition(".")[2] for module in expert.modules})))
+    """DyLoRA-MoE wraps a module in every layer or in none, so the paths below the layers' numbers are the target names."""
+    return replace(expert, targets=tuple(sorted({_below_layer(module) for module in expert.modules})))
+
+
+def _below_layer(module: str) -> str:
+    """ "model.layers.0.self_attn.q_proj" -> "self_attn.q_proj"; a path without a number stays whole."""
+    return re.split(r"(?:^|\.)[0-9]+\.", module)[-1]
 
 
 def _router_path(files: CheckpointFiles) -> Path:
