@@ -41,6 +41,10 @@ class Inconclusive(Exception):
     """The check escalated and the noise still hides the answer; the text says what was measured."""
 
 
+class Unusable(Exception):
+    """The command line, or a file that it names, cannot be used: one line for the user, exit code 2."""
+
+
 def outcome_of(error: BaseException | None) -> str:
     """The outcome that an exception raised by a check stands for; None is a check that ran to its end."""
     if error is None:
