@@ -1,0 +1,178 @@
+"""load_checkpoint: a directory on disk -> a model that runs, whatever the format."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import torch
+from peft import LoraConfig, PeftModel, get_peft_model
+from transformers import AutoConfig, AutoModelForCausalLM, PretrainedConfig, PreTrainedModel
+
+from dylo_moe.config import MoELoraConfig
+from dylo_moe.errors import ShapeMismatch
+from dylo_moe.formats import Checkpoint, Expert, check_experts_fit_base, read_checkpoint, resolve_base
+from dylo_moe.model import DyLoRA_MoE, attach_router
+from dylo_moe.router import DynamicHybridRouter
+
+
+def load_checkpoint(  # noqa: PLR0913 - from_pretrained's own habit: one option per thing that files may not hold
+    path: str | Path,
+    base_model: str | PreTrainedModel | None = None,
+    dtype: torch.dtype | str | None = None,
+    device_map: Any = None,
+    *,
+    lora_alpha: float | None = None,
+    top_k: int | None = None,
+    temperature: float | None = None,
+    router_features: str | None = None,
+    expect_hash: str | None = None,
+    attn_implementation: str | None = None,
+    trust_remote_code: bool = False,
+) -> DyLoRA_MoE | PreTrainedModel:
+    """Loads a LoRA-MoE checkpoint of any known format, in evaluation mode; experts and router are trainable, the base is not.
+
+    Args:
+        path: the checkpoint's directory.
+        base_model: a local directory, a hub id (the only way in which anything is fetched), or a loaded model, which is
+            then wrapped in place; None takes what the checkpoint records.
+        dtype: of the base model, "auto" or None for the one it is stored in; experts keep theirs (16-bit ones become
+            float32, as in PEFT), the router its own.
+        device_map: as in transformers' from_pretrained.
+        lora_alpha, top_k, temperature, router_features: for layouts whose files do not hold them, and to override.
+        expect_hash: refuse files whose hash is another.
+
+    Returns:
+        A DyLoRA_MoE; for a merged checkpoint, which has no experts, the plain transformers model. Its attribute
+        `checkpoint` is the validated Checkpoint, with warnings and assumptions.
+
+    Raises:
+        CheckpointError: one line, naming file and field.
+    """
+    checkpoint = read_checkpoint(
+        path,
+        lora_alpha=lora_alpha,
+        top_k=top_k,
+        temperature=temperature,
+        router_features=router_features,
+        expect_hash=expect_hash,
+    )
+    options = {
+        "dtype": dtype or "auto",
+        "device_map": device_map,
+        "attn_implementation": attn_implementation,
+        "trust_remote_code": trust_remote_code,
+    }
+    base = _base(checkpoint, base_model, {name: value for name, value in options.items() if value is not None})
+    if not checkpoint.experts:
+        base.checkpoint = checkpoint
+        return base.eval()
+    model = attach_router(add_experts(base, checkpoint.experts), *_router_and_config(checkpoint))
+    model.checkpoint = checkpoint
+    return model.eval()
+
+
+def add_experts(base: PreTrainedModel, experts: tuple[Expert, ...]) -> PeftModel:
+    """Wraps a base in place with one LoRA adapter per expert, every tensor set and none left at its start value.
+
+    The LoraConfig is our own, from the validated fields: nothing that a file says about initialisation is run.
+    """
+    peft_model: PeftModel | None = None
+    for expert in experts:
+        config = _lora_config(expert)
+        if peft_model is None:
+            peft_model = get_peft_model(base, config, adapter_name=expert.name)
+        else:
+            peft_model.add_adapter(expert.name, config)
+        _set_weights(peft_model, expert)
+    return peft_model
+
+
+def _base(checkpoint: Checkpoint, given: str | PreTrainedModel | None, options: dict[str, Any]) -> PreTrainedModel:
+    if isinstance(given, PreTrainedModel):
+        return given
+    if checkpoint.base_config is not None and checkpoint.base_state is None and not checkpoint.experts:
+        return _from_directory(checkpoint.path, checkpoint.base_config, options)
+    if checkpoint.base_state is not None:
+        return _from_state(checkpoint, given, options)
+    location = resolve_base(checkpoint, given)
+    check_experts_fit_base(location, checkpoint.experts)
+    return AutoModelForCausalLM.from_pretrained(location, **options)
+
+
+def _from_directory(path: Path, config: Any, options: dict[str, Any]) -> PreTrainedModel:
+    return AutoModelForCausalLM.from_pretrained(path, config=_as_config(config), local_files_only=True, **options)
+
+
+def _from_state(checkpoint: Checkpoint, given: str | None, options: dict[str, Any]) -> PreTrainedModel:
+    """A base whose weights are in the checkpoint itself; only its configuration may come from elsewhere."""
+    if checkpoint.base_config is not None:
+        config = _as_config(checkpoint.base_config)
+    else:
+        config = AutoConfig.from_pretrained(resolve_base(checkpoint, given))
+    state = checkpoint.base_state
+    dtype = options["dtype"] if isinstance(options["dtype"], torch.dtype) else None
+    stored = next(iter(state.values())).dtype
+    attention = options.get("attn_implementation")
+    model = AutoModelForCausalLM.from_config(config, dtype=dtype or stored, attn_implementation=attention)
+    missing, unexpected = model.load_state_dict(state, strict=False)
+    tied = set(getattr(model, "all_tied_weights_keys", None) or getattr(model, "_tied_weights_keys", None) or ())
+    lost = sorted(set(missing) - tied)
+    if lost or unexpected:
+        found = f"{len(lost)} tensors missing {lost[:3]}, {len(unexpected)} unknown {sorted(unexpected)[:3]}"
+        raise ShapeMismatch(checkpoint.path, "base weights", found=found, expected="the base model's own tensors")
+    model.tie_weights()
+    return model
+
+
+def _as_config(fields: Any) -> PretrainedConfig:
+    values = {name: value for name, value in fields.items() if not name.startswith("_") and name != "auto_map"}
+    return AutoConfig.for_model(values.pop("model_type"), **values)
+
+
+def _lora_config(expert: Expert) -> LoraConfig:
+    first = next(iter(expert.modules.values()))
+    return LoraConfig(
+        task_type="CAUSAL_LM",
+        r=first.rank,
+        lora_alpha=first.alpha,
+        target_modules=list(expert.modules),
+        rank_pattern={_exactly(name): pair.rank for name, pair in expert.modules.items()},
+        alpha_pattern={_exactly(name): pair.alpha for name, pair in expert.modules.items()},
+        use_rslora=first.use_rslora,
+        init_lora_weights=False,
+    )
+
+
+def _exactly(module: str) -> str:
+    return "^" + module.replace(".", r"\.")
+
+
+def _set_weights(peft_model: PeftModel, expert: Expert) -> None:
+    base = peft_model.get_base_model()
+    for module, pair in expert.modules.items():
+        layer = base.get_submodule(module)
+        layer.scaling[expert.name] = pair.scaling
+        for part, tensor in ((layer.lora_A, pair.lora_A), (layer.lora_B, pair.lora_B)):
+            parameter = part[expert.name].weight
+            if parameter.shape != tensor.shape:
+                raise ShapeMismatch(module, expert.name, found=tuple(tensor.shape), expected=tuple(parameter.shape))
+            parameter.data = tensor.to(device=parameter.device, dtype=parameter.dtype).clone()
+
+
+def _router_and_config(checkpoint: Checkpoint) -> tuple[DynamicHybridRouter | None, MoELoraConfig]:
+    state = checkpoint.router
+    if state is None:
+        return None, MoELoraConfig(num_experts=checkpoint.num_experts, **checkpoint.load_balance)
+    router = DynamicHybridRouter(state.hidden_size, state.num_experts, state.top_k, state.temperature)
+    router.gate.weight.data = state.weight.clone()
+    router.gate.bias.data = torch.zeros_like(state.weight[:, 0]) if state.bias is None else state.bias.clone()
+    config = MoELoraConfig(
+        num_experts=checkpoint.num_experts,
+        top_k_experts=state.top_k,
+        router_hidden_size=state.hidden_size,
+        router_temperature=state.temperature,
+        router_features=state.features,
+        **checkpoint.load_balance,
+    )
+    return router, config

@@ -1,0 +1,346 @@
+"""DyLoRA_MoE: a frozen base, its LoRA experts and a router, run in one pass."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import torch
+from peft import PeftModel
+from peft.tuners.lora import Linear as LoraLinear
+from peft.tuners.tuners_utils import BaseTunerLayer
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+from transformers.modeling_outputs import MoeCausalLMOutputWithPast
+
+from dylo_moe.config import MoELoraConfig
+from dylo_moe.errors import RoutingError
+from dylo_moe.expert import ExpertManager, expert_order
+from dylo_moe.formats import Checkpoint, Expert, LoraPair, RouterState, write_native
+from dylo_moe.routed import Mixture, RoutedLinear
+from dylo_moe.router import DynamicHybridRouter, load_balancing_loss
+from dylo_moe.routing import Routing
+from dylo_moe.strategies import generate_with_strategy
+
+
+class DyLoRA_MoE(nn.Module):  # noqa: N801 - the name that the field uses
+    """A PeftModel with several LoRA adapters whose Linears are mixed per token by a router.
+
+    Build it with `attach_router` or `load_checkpoint`.
+
+    Args:
+        peft_model: a PeftModel; each LoRA adapter is an expert (see `expert.expert_order`).
+        router: maps (batch, seq, hidden) to (batch, seq, experts); None if every call names weights, expert or strategy.
+        config: how to route; None takes the router's own values and the features "base".
+
+    Raises:
+        RoutingError: adapters that are not a plain LoRA on Linear or Conv1D, or numbers of experts that disagree.
+    """
+
+    def __init__(self, peft_model: PeftModel, router: nn.Module | None, config: MoELoraConfig | None = None) -> None:
+        super().__init__()
+        names = expert_order(list(peft_model.peft_config))
+        self.moe_config = config or _default_config(router, len(names))
+        layers = _routable_layers(peft_model.get_base_model())
+        _check_counts(router, self.moe_config, names)
+        _check_router_width(router, self.moe_config.router_features, peft_model.get_base_model(), layers)
+        self.peft_model = peft_model
+        self.router = router
+        self.mixture = Mixture(names)
+        self.expert_manager = ExpertManager(peft_model)
+        self._trainable_before = {n: p.requires_grad for n, p in peft_model.named_parameters()}
+        _route_layers(self.causal_lm, layers, self.mixture)
+        self.routing = Routing(self.causal_lm, self.mixture, router, self.moe_config.router_features)
+        if router is not None:
+            router.to(self.device)
+        if any(self._trainable_before.values()):
+            self.expert_manager.activate_all_experts()
+
+    @property
+    def causal_lm(self) -> PreTrainedModel:
+        return self.peft_model.get_base_model()
+
+    @property
+    def config(self) -> Any:
+        return self.causal_lm.config
+
+    @property
+    def generation_config(self) -> Any:
+        return self.causal_lm.generation_config
+
+    @property
+    def device(self) -> torch.device:
+        return self.causal_lm.device
+
+    @property
+    def dtype(self) -> torch.dtype:
+        return self.causal_lm.dtype
+
+    @property
+    def expert_names(self) -> list[str]:
+        return self.mixture.expert_names
+
+    @property
+    def num_experts(self) -> int:
+        return self.mixture.num_experts
+
+    @property
+    def features(self) -> str:
+        return self.routing.features
+
+    @property
+    def last_routing_weights(self) -> Tensor | None:
+        """Weights of the last forward pass, (batch, seq, experts), or (batch, seq, layers, experts) where each layer has
+        its own; one-hot when an expert was named; None before the first pass. During generation: of the last step."""
+        return self.routing.last_weights
+
+    def routed_layers(self) -> dict[str, RoutedLinear]:
+        """The routed layers in module order, by their name in the base model."""
+        return {n: m for n, m in self.causal_lm.named_modules() if isinstance(m, RoutedLinear)}
+
+    def forward(
+        self,
+        input_ids: Tensor | None = None,
+        attention_mask: Tensor | None = None,
+        labels: Tensor | None = None,
+        routing_weights: Tensor | None = None,
+        expert_id: int | Tensor | None = None,
+        past_key_values: Any = None,
+        use_cache: bool | None = None,
+        **model_inputs: Any,
+    ) -> MoeCausalLMOutputWithPast:
+        """One routed pass.
+
+        Args:
+            input_ids, attention_mask: (batch, seq); the mask covers the cached tokens too.
+            labels: (batch, seq), -100 where there is no loss. `loss` is then the base model's loss plus
+                router_aux_loss_coef times `aux_loss`; `aux_loss` is there only if the router chose the weights.
+            routing_weights: (batch, seq, experts) or (batch, seq, layers, experts), used instead of the router.
+                A sequence length of 1 broadcasts.
+            expert_id: one expert for all rows, or (batch,) ids; used instead of the router.
+            past_key_values: a cache that this model returned, or an empty one.
+            model_inputs: what the base model's forward takes: inputs_embeds, position_ids, logits_to_keep, ...
+
+        Raises:
+            UnknownExpert, RoutingError, CacheWithoutFeatures.
+        """
+        with self.routing.recording() as recorded:
+            output = self.peft_model(
+                input_ids=input_ids,
+                attention_mask=attention_mask,
+                labels=labels,
+                routing_weights=routing_weights,
+                expert_id=expert_id,
+                past_key_values=past_key_values,
+                use_cache=use_cache,
+                **{**model_inputs, "return_dict": True},
+            )
+        loss, aux_loss = output.loss, self._aux_loss(recorded, attention_mask)
+        if loss is not None and aux_loss is not None:
+            loss = loss + self.moe_config.router_aux_loss_coef * aux_loss.to(loss.device)
+        return MoeCausalLMOutputWithPast(
+            loss=loss,
+            aux_loss=aux_loss,
+            logits=output.logits,
+            past_key_values=output.past_key_values,
+            hidden_states=output.hidden_states,
+            attentions=output.attentions,
+        )
+
+    @torch.no_grad()
+    def generate(
+        self,
+        inputs: Tensor | None = None,
+        attention_mask: Tensor | None = None,
+        *,
+        strategy: str = "router",
+        routing_weights: Tensor | None = None,
+        expert_id: int | Tensor | None = None,
+        first_sample: int = 0,
+        seeds: list[int] | None = None,
+        **options: Any,
+    ) -> Any:
+        """transformers' `generate`, routed. Every option of it is passed on.
+
+        Args:
+            inputs: token ids (batch, seq); also accepted as `input_ids`.
+            strategy: "router", "single:<i>", "best", "ensemble" or "round_robin".
+            routing_weights: (experts,) or (batch, experts), fixed for all tokens; instead of a strategy.
+            expert_id: one id or (batch,) ids; instead of a strategy.
+            first_sample: index of the first returned row, for "round_robin": row b uses expert (first_sample + b) % E.
+            seeds: with do_sample, one seed per returned row: a row's draws then do not depend on the other rows.
+
+        Raises:
+            UnknownStrategy: the message names the legal ones. UnknownExpert, RoutingError.
+        """
+        inputs = options.pop("input_ids", None) if inputs is None else inputs
+        given = routing_weights if routing_weights is not None else expert_id
+        if given is None:
+            return generate_with_strategy(
+                self, inputs, attention_mask, strategy, first_sample=first_sample, seeds=seeds, options=options
+            )
+        if strategy != "router" or (routing_weights is not None and expert_id is not None):
+            raise RoutingError("give one of strategy, routing_weights and expert_id, not several")
+        with self.routing.forcing(given):
+            return generate_with_strategy(
+                self, inputs, attention_mask, "router", first_sample=first_sample, seeds=seeds, options=options
+            )
+
+    def gradient_checkpointing_enable(self, gradient_checkpointing_kwargs: dict[str, Any] | None = None) -> None:
+        """As transformers'. Non-reentrant checkpointing only (transformers' default): the other kind loses the router's
+        gradient, which torch reports as an error."""
+        self.causal_lm.gradient_checkpointing_enable(gradient_checkpointing_kwargs=gradient_checkpointing_kwargs)
+
+    def gradient_checkpointing_disable(self) -> None:
+        self.causal_lm.gradient_checkpointing_disable()
+
+    def save_pretrained(self, save_directory: str | Path) -> None:
+        """Writes the native format: experts that stock PEFT loads, router.safetensors and moe_config.json.
+
+        Loading it gives every tensor back bitwise.
+
+        Raises:
+            CheckpointError: the directory holds something else. RoutingError: the router is not a DynamicHybridRouter.
+        """
+        write_native(save_directory, self._as_checkpoint(Path(save_directory)))
+
+    def _aux_loss(self, recorded: list[Tensor], attention_mask: Tensor | None) -> Tensor | None:
+        if not recorded:
+            return None
+        weights, mask = recorded[-1], None
+        if attention_mask is not None and attention_mask.dim() == 2:
+            mask = attention_mask[:, -weights.shape[1] :]
+        return load_balancing_loss(weights, self.moe_config.load_balance_loss_type, mask)
+
+    def _as_checkpoint(self, path: Path) -> Checkpoint:
+        layers = self.routed_layers()
+        experts = tuple(_expert_on_disk(name, layers) for name in self.expert_names)
+        config = self.moe_config
+        return Checkpoint(
+            path=path,
+            format="dylo-moe",
+            base_model=self.causal_lm.config.name_or_path or None,
+            experts=experts,
+            router=_router_on_disk(self.router, self.features),
+            load_balance={
+                "load_balance_loss_type": config.load_balance_loss_type,
+                "router_aux_loss_coef": config.router_aux_loss_coef,
+            },
+        )
+
+
+def attach_router(peft_model: PeftModel, router: nn.Module | None, config: MoELoraConfig | None = None) -> DyLoRA_MoE:
+    """Routes a plain PeftModel: from now on its LoRA adapters are experts, mixed by the router instead of summed.
+
+    The PeftModel itself is routed too; `detach_router` gives it back exactly as it was.
+    """
+    return DyLoRA_MoE(peft_model, router, config)
+
+
+def detach_router(model: DyLoRA_MoE) -> PeftModel:
+    """Takes the routing off again and returns the PeftModel: its own layers, flags and hooks as before `attach_router`.
+
+    Parameters keep what training made of them. The DyLoRA_MoE object is of no more use.
+    """
+    if not isinstance(model, DyLoRA_MoE):
+        raise RoutingError(f"detach_router takes the model that attach_router returned, not a {type(model).__name__}")
+    model.routing.remove()
+    for name, layer in model.routed_layers().items():
+        original = layer.source[0]
+        original.training = layer.training
+        _replace(model.causal_lm, name, original)
+    for name, parameter in model.peft_model.named_parameters():
+        parameter.requires_grad_(model._trainable_before.get(name, parameter.requires_grad))
+    return model.peft_model
+
+
+def _routable_layers(causal_lm: PreTrainedModel) -> dict[str, LoraLinear]:
+    layers = {}
+    for name, module in causal_lm.named_modules():
+        if isinstance(module, RoutedLinear):
+            raise RoutingError(f"{name} is routed already; call detach_router first")
+        if not isinstance(module, BaseTunerLayer):
+            continue
+        if type(module) is not LoraLinear or module.lora_variant or any(module.lora_bias.values()):
+            variant = ", ".join(sorted(type(v).__name__ for v in module.lora_variant.values()))
+            kind = f"{type(module).__module__}.{type(module).__name__} {variant}".strip()
+            raise RoutingError(f"{name} is a {kind}, but should be a plain LoRA on a Linear or Conv1D")
+        layers[name] = module
+    if not layers:
+        raise RoutingError("the model has no LoRA layer to route")
+    return layers
+
+
+def _route_layers(causal_lm: PreTrainedModel, layers: dict[str, LoraLinear], mixture: Mixture) -> None:
+    readout = causal_lm.get_output_embeddings()
+    for index, (name, layer) in enumerate(layers.items()):
+        _replace(causal_lm, name, RoutedLinear(layer, mixture, index, is_readout=layer is readout))
+
+
+def _replace(root: nn.Module, name: str, module: nn.Module) -> None:
+    parent, _, child = name.rpartition(".")
+    setattr(root.get_submodule(parent), child, module)
+
+
+def _default_config(router: nn.Module | None, num_experts: int) -> MoELoraConfig:
+    return MoELoraConfig(
+        num_experts=num_experts,
+        top_k_experts=getattr(router, "top_k", 1),
+        router_temperature=getattr(router, "temperature", 2.0),
+    )
+
+
+def _check_counts(router: nn.Module | None, config: MoELoraConfig, names: list[str]) -> None:
+    counts = {"adapters": len(names), "config.num_experts": config.num_experts}
+    if hasattr(router, "num_experts"):
+        counts["router.num_experts"] = router.num_experts
+    if len(set(counts.values())) != 1:
+        raise RoutingError("the number of experts differs: " + ", ".join(f"{k}={v}" for k, v in counts.items()))
+
+
+def _check_router_width(
+    router: nn.Module | None, features: str, causal_lm: PreTrainedModel, layers: dict[str, LoraLinear]
+) -> None:
+    width = getattr(router, "input_size", None)
+    if width is None:
+        return
+    inputs = {name: layer.in_features for name, layer in layers.items()}
+    if features != "layer":
+        inputs = {"the hidden state": causal_lm.get_input_embeddings().weight.shape[1]}
+    for name, found in inputs.items():
+        if found != width:
+            raise RoutingError(f"the router takes inputs of width {width}, but {name} has width {found}")
+
+
+def _expert_on_disk(name: str, layers: dict[str, RoutedLinear]) -> Expert:
+    modules = {}
+    for module, layer in layers.items():
+        if name in layer.lora_A:
+            lora_A = layer.lora_A[name].weight.detach().cpu()
+            root = lora_A.shape[0] ** 0.5 if layer.use_rslora[name] else lora_A.shape[0]
+            modules[module] = LoraPair(
+                lora_A=lora_A,
+                lora_B=layer.lora_B[name].weight.detach().cpu(),
+                alpha=_exact_alpha(layer.scaling[name], root, layer.lora_alpha[name]),
+                use_rslora=bool(layer.use_rslora[name]),
+            )
+    return Expert(name=name, modules=modules)
+
+
+def _exact_alpha(scaling: float, root: float, configured: float) -> float:
+    # set_scale may have changed the scaling since the configuration was made.
+    return configured if configured / root == scaling else scaling * root
+
+
+def _router_on_disk(router: nn.Module | None, features: str) -> RouterState | None:
+    if router is None:
+        return None
+    if not isinstance(router, DynamicHybridRouter):
+        raise RoutingError(f"a {type(router).__name__} cannot be saved, only a DynamicHybridRouter")
+    return RouterState(
+        weight=router.gate.weight.detach().cpu(),
+        bias=router.gate.bias.detach().cpu(),
+        features=features,
+        top_k=router.top_k,
+        temperature=router.temperature,
+    )

@@ -1,0 +1,183 @@
+"""The routed layer: y = W x + b + sum_e w_e s_e B_e A_e x, all experts in two matrix products.
+
+Shapes: B batch, S sequence, E experts, L routed layers, R sum of the experts' ranks in one layer.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+
+import torch
+from peft.tuners.lora import Linear as LoraLinear
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from dylo_moe.errors import RoutingError, UnknownExpert
+
+# None: adapters off. int: that expert alone. Tensor: (B|1, S|1, E) or (B, S, L, E). nn.Module: routes each layer's own input.
+Route = None | int | Tensor | nn.Module
+
+
+class Mixture:
+    """What the routed layers of one model mix at this moment. One object per model, shared by its layers.
+
+    A layer outside of a routed forward pass refuses to run: falling back to any mixture would be silently wrong.
+    """
+
+    def __init__(self, expert_names: list[str]) -> None:
+        self.expert_names = expert_names
+        self.forced: int | Tensor | None = None
+        self.layer_weights: dict[int, Tensor] = {}
+        self._routes: list[Route] = []
+
+    @property
+    def num_experts(self) -> int:
+        return len(self.expert_names)
+
+    @property
+    def route(self) -> Route:
+        if not self._routes:
+            raise RoutingError("a routed layer was called outside of its model's forward; call the model itself")
+        return self._routes[-1]
+
+    @property
+    def active(self) -> bool:
+        return bool(self._routes)
+
+    def enter(self, route: Route) -> None:
+        self._routes.append(route)
+
+    def leave(self) -> None:
+        self._routes.pop()
+
+    @contextmanager
+    def using(self, route: Route) -> Iterator[None]:
+        self.enter(route)
+        try:
+            yield
+        finally:
+            self.leave()
+
+    def check_expert(self, expert_id: int) -> int:
+        """Raises UnknownExpert unless 0 <= expert_id < num_experts."""
+        if isinstance(expert_id, bool) or not isinstance(expert_id, int) or not 0 <= expert_id < self.num_experts:
+            raise UnknownExpert(f"expert_id={expert_id!r}, but should be an integer from 0 to {self.num_experts - 1}")
+        return expert_id
+
+
+class RoutedLinear(LoraLinear):
+    """A PEFT LoRA Linear (or Conv1D) whose adapters are mixed per token instead of summed.
+
+    It is the PEFT layer with another forward: parameters, buffers, scalings and names are the layer's own objects, so
+    state dicts, optimizers and PEFT's methods see what they saw before, and `source` can be put back untouched.
+    """
+
+    def __init__(self, layer: LoraLinear, mixture: Mixture, index: int, *, is_readout: bool = False) -> None:
+        nn.Module.__init__(self)
+        self.__dict__.update(layer.__dict__)
+        self.source = (layer,)  # a tuple, so that it is not registered as a child
+        self.mixture = mixture
+        self.index = index
+        self.is_readout = is_readout
+        self._layout: tuple[tuple, Tensor, Tensor] | None = None
+
+    def forward(self, x: Tensor, *args: object, **kwargs: object) -> Tensor:
+        """x: (B, S, in) -> (B, S, out), mixed as the model's Mixture says."""
+        route = self.mixture.route
+        if self.merged:
+            raise RoutingError("an adapter is merged into the base weights; call unmerge_adapter() before routing")
+        result = self.base_layer(x, *args, **kwargs)
+        if route is None or self.disable_adapters:
+            return result
+        if isinstance(route, int):
+            return self._add_expert(result, x, self.mixture.expert_names[route])
+        return self._add_mixture(result, x, self._weights_here(route, x))
+
+    def mix(self, x: Tensor, weights: Tensor) -> Tensor:
+        """The layer alone. x: (B, S, in); weights: (B, S, E), or (B, 1, E) for the whole sequence -> (B, S, out)."""
+        return self._add_mixture(self.base_layer(x), x, weights)
+
+    @property
+    def experts_here(self) -> list[tuple[int, str]]:
+        """(column of the routing weights, adapter name) of the experts that have an adapter on this layer."""
+        return [(e, name) for e, name in enumerate(self.mixture.expert_names) if name in self.lora_A]
+
+    def _weights_here(self, route: Tensor | nn.Module, x: Tensor) -> Tensor:
+        if isinstance(route, nn.Module):
+            weights = self.mixture.layer_weights[self.index] = route(x)
+            return weights
+        weights = route[:, :, self.index] if route.dim() == 4 else route
+        if self.is_readout and x.shape[1] < weights.shape[1]:
+            weights = weights[:, -x.shape[1] :]  # logits_to_keep: the head sees the last positions only
+        return weights
+
+    def _add_expert(self, result: Tensor, x: Tensor, name: str) -> Tensor:
+        # The same operations in the same order as stock PEFT with this adapter active: bitwise equal to it.
+        if name not in self.lora_A:
+            return result
+        x = self._cast_input_dtype(x, self.lora_A[name].weight.dtype)
+        delta = self.lora_B[name](self.lora_A[name](self.lora_dropout[name](x))) * self.scaling[name]
+        return (result + delta).to(result.dtype)
+
+    def _add_mixture(self, result: Tensor, x: Tensor, weights: Tensor) -> Tensor:
+        experts = self.experts_here
+        if not experts:
+            return result
+        self._check_shapes(x, weights)
+        dtype = self.lora_A[experts[0][1]].weight.dtype
+        # Weights times scalings in at least float32: they multiply the small (B, S, R) tensor, so precision is cheap here.
+        weights = weights.to(torch.promote_types(weights.dtype, torch.float32))
+        columns, scales = self._stacked_rows(experts, weights)
+        hidden = self._shrink(self._cast_input_dtype(x, dtype), [name for _, name in experts])  # (B, S, R)
+        hidden = (hidden * (weights.index_select(-1, columns) * scales)).to(dtype)
+        expand = torch.cat([self.lora_B[name].weight for _, name in experts], dim=1)  # (out, R)
+        if result.dtype == dtype:
+            flat = torch.addmm(result.flatten(0, -2), hidden.flatten(0, -2), expand.t())
+            return flat.view(result.shape)
+        return (result + F.linear(hidden, expand)).to(result.dtype)
+
+    def _shrink(self, x: Tensor, names: list[str]) -> Tensor:
+        dropouts = [self.lora_dropout[name] for name in names]
+        if self.training and any(isinstance(dropout, nn.Dropout) and dropout.p > 0 for dropout in dropouts):
+            # Each expert draws its own mask, as it does in PEFT.
+            return torch.cat([self.lora_A[n](dropout(x)) for n, dropout in zip(names, dropouts, strict=True)], dim=-1)
+        return F.linear(x, torch.cat([self.lora_A[name].weight for name in names]))
+
+    def _stacked_rows(self, experts: list[tuple[int, str]], weights: Tensor) -> tuple[Tensor, Tensor]:
+        """For each of the R stacked rows: its expert's column in the weights, and its expert's scaling. Both (R,)."""
+        rows = tuple((e, self.scaling[name]) for e, name in experts for _ in range(self.lora_A[name].weight.shape[0]))
+        key = (rows, weights.device, weights.dtype)
+        if self._layout is None or self._layout[0] != key:
+            columns = torch.tensor([e for e, _ in rows], device=weights.device)
+            scales = torch.tensor([scale for _, scale in rows], device=weights.device, dtype=weights.dtype)
+            self._layout = (key, columns, scales)
+        return self._layout[1], self._layout[2]
+
+    def _check_shapes(self, x: Tensor, weights: Tensor) -> None:
+        fits = x.dim() == 3 and weights.dim() == 3 and weights.shape[-1] == self.mixture.num_experts
+        if not (fits and weights.shape[0] in (1, x.shape[0]) and weights.shape[1] in (1, x.shape[1])):
+            raise RoutingError(
+                f"routing weights of shape {tuple(weights.shape)} for an input of shape {tuple(x.shape)}, but should be "
+                f"(batch, sequence, {self.mixture.num_experts})"
+            )
+
+
+class RoutedCheckpoint:
+    """A gradient-checkpointing function that recomputes a block under the route of its forward pass.
+
+    The recomputation runs inside backward(), when the model's forward has long returned or another one has begun.
+    """
+
+    def __init__(self, checkpoint: Callable, mixture: Mixture) -> None:
+        self.checkpoint = checkpoint
+        self.mixture = mixture
+
+    def __call__(self, function: Callable, *args: object) -> object:
+        route = self.mixture.route
+
+        def routed(*inputs: object) -> object:
+            with self.mixture.using(route):
+                return function(*inputs)
+
+        return self.checkpoint(routed, *args)

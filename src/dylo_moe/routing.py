@@ -1,0 +1,213 @@
+"""How one forward pass of the base model finds its route: explicit weights, one expert, or the router's choice."""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers import DynamicCache, PreTrainedModel
+
+from dylo_moe.caches import feature_half
+from dylo_moe.errors import RoutingError
+from dylo_moe.formats.checkpoint import ROUTER_FEATURES
+from dylo_moe.routed import Mixture, Route, RoutedCheckpoint
+
+# What only the full model understands; the decoder below its head gets the rest.
+_HEAD_ARGUMENTS = ("labels", "logits_to_keep", "num_items_in_batch", "return_dict")
+_RECORDING_ARGUMENTS = ("output_hidden_states", "output_attentions", "output_router_logits")
+
+
+class Routing:
+    """Hooks around the causal language model's forward: before it, the route is found and set; after it, unset.
+
+    Because they sit on the innermost model, every caller is routed alike: the PeftModel, `generate`, a Trainer.
+
+    Args:
+        causal_lm: the transformers model inside the PeftModel.
+        mixture: shared with the routed layers.
+        router: maps (B, S, hidden) to (B, S, E); None when every pass names its weights or expert.
+        features: one of ROUTER_FEATURES.
+    """
+
+    def __init__(self, causal_lm: PreTrainedModel, mixture: Mixture, router: nn.Module | None, features: str) -> None:
+        if features not in ROUTER_FEATURES:
+            raise RoutingError(f"router_features={features!r}, but should be one of {', '.join(ROUTER_FEATURES)}")
+        self.causal_lm = causal_lm
+        self.mixture = mixture
+        self.router = router
+        self.features = features
+        self.last_weights: Tensor | None = None  # of the last pass, detached
+        self._routed_by_router = False
+        self._recordings: list[list[Tensor]] = []
+        self._handles = [
+            causal_lm.register_forward_pre_hook(self._before, with_kwargs=True),
+            causal_lm.register_forward_hook(self._after, always_call=True),
+        ]
+
+    def remove(self) -> None:
+        """Takes the hooks and the checkpointing wrappers off again."""
+        for handle in self._handles:
+            handle.remove()
+        for module in self.causal_lm.modules():
+            function = getattr(module, "_gradient_checkpointing_func", None)
+            if isinstance(function, RoutedCheckpoint):
+                module._gradient_checkpointing_func = function.checkpoint
+
+    @contextmanager
+    def forcing(self, route: int | Tensor | None) -> Iterator[None]:
+        """Every pass inside uses this expert or these weights; None leaves the choice as it was."""
+        previous = self.mixture.forced
+        self.mixture.forced = previous if route is None else route
+        try:
+            yield
+        finally:
+            self.mixture.forced = previous
+
+    @contextmanager
+    def recording(self) -> Iterator[list[Tensor]]:
+        """Collects the router's weights of the passes inside, with their graph: the auxiliary loss needs it.
+
+        Kept no longer than this: a stored graph would hold the pass's memory. Weights that were given are not collected.
+        """
+        recorded: list[Tensor] = []
+        self._recordings.append(recorded)
+        try:
+            yield recorded
+        finally:
+            self._recordings.pop()
+
+    def _before(self, module: nn.Module, args: tuple, kwargs: dict[str, Any]) -> tuple[tuple, dict[str, Any]]:
+        kwargs = {**dict(zip(inspect.signature(module.forward).parameters, args, strict=False)), **kwargs}
+        weights, expert_id = kwargs.pop("routing_weights", None), kwargs.pop("expert_id", None)
+        if weights is not None and expert_id is not None:
+            raise RoutingError("routing_weights and expert_id were both given, but should be one of them")
+        rows, length = _rows_and_length(kwargs)
+        if "position_ids" in inspect.signature(module.forward).parameters:
+            _add_position_ids(kwargs)
+        self._bind_checkpointing()
+        given = weights if weights is not None else expert_id if expert_id is not None else self.mixture.forced
+        self._routed_by_router = given is None
+        self.mixture.layer_weights = {}
+        route = self._router_route(kwargs) if given is None else self.as_route(given, rows, length)
+        if not isinstance(route, nn.Module):  # per-layer weights are known when the pass is over
+            self._note(self._as_weights(route, rows, length))
+        self.mixture.enter(route)
+        return (), kwargs
+
+    def _after(self, module: nn.Module, args: tuple, output: object) -> None:
+        if not self.mixture.active:  # the pre-hook itself refused
+            return
+        route = self.mixture.route
+        self.mixture.leave()
+        if isinstance(route, nn.Module) and self.mixture.layer_weights:
+            by_layer, self.mixture.layer_weights = self.mixture.layer_weights, {}
+            self._note(torch.stack([by_layer[index] for index in sorted(by_layer)], dim=2))
+
+    def _note(self, weights: Tensor) -> None:
+        self.last_weights = weights.detach()
+        if self._routed_by_router and self._recordings:
+            self._recordings[-1].append(weights)
+
+    def as_route(self, given: int | Tensor, rows: int, length: int) -> Route:
+        """Explicit weights or expert ids as a route.
+
+        Args:
+            given: an expert id; (rows,) integer ids, one per row; or weights (E,), (B, E), (B, S|1, E), (B, S|1, L, E).
+                B is 1, the number of rows, or divides it (generation repeats each prompt for its beams and samples).
+
+        Raises:
+            UnknownExpert: an id out of range. RoutingError: a shape that does not fit.
+        """
+        if not isinstance(given, Tensor):
+            return self.mixture.check_expert(given)
+        experts = self.mixture.num_experts
+        if not given.is_floating_point():
+            for expert_id in given.flatten().tolist():
+                self.mixture.check_expert(expert_id)
+            given = nn.functional.one_hot(given.flatten(), experts).to(torch.float32)
+        if given.dim() <= 2:
+            given = given.reshape(-1, 1, given.shape[-1])
+        if given.shape[0] not in (1, rows) and rows % given.shape[0] == 0:
+            given = given.repeat_interleave(rows // given.shape[0], dim=0)
+        fits = given.dim() in (3, 4) and given.shape[0] in (1, rows) and given.shape[1] in (1, length)
+        if not (fits and given.shape[-1] == experts):
+            raise RoutingError(
+                f"routing_weights of shape {tuple(given.shape)}, but should be ({rows}, {length}, {experts}) or "
+                f"({rows}, {length}, layers, {experts})"
+            )
+        return given.to(self.causal_lm.device)
+
+    def _as_weights(self, route: int | Tensor, rows: int, length: int) -> Tensor:
+        if isinstance(route, int):
+            ids = torch.full((rows, length), route, device=self.causal_lm.device)
+            return nn.functional.one_hot(ids, self.mixture.num_experts).to(torch.float32)
+        return route.expand(rows, length, *route.shape[2:])
+
+    def _router_route(self, kwargs: dict[str, Any]) -> Route:
+        if self.router is None:
+            raise RoutingError("this model has no router: give routing_weights, expert_id or a strategy")
+        if self.features == "layer":
+            return self.router
+        if self.features == "embedding":
+            return self.router(self._embeddings(kwargs))
+        return self.router(self._decoder_features(kwargs))
+
+    def _embeddings(self, kwargs: dict[str, Any]) -> Tensor:
+        if kwargs.get("inputs_embeds") is not None:
+            return kwargs["inputs_embeds"]
+        return self.causal_lm.get_input_embeddings()(kwargs["input_ids"])
+
+    @torch.no_grad()
+    def _decoder_features(self, kwargs: dict[str, Any]) -> Tensor:
+        """Last hidden state after the final norm, (B, S, hidden), of a pass with no expert or with all of them.
+
+        Without gradient, as in X-LoRA: the base is frozen, and the router learns through its own gate.
+        """
+        ignored = (*_HEAD_ARGUMENTS, *_RECORDING_ARGUMENTS, "past_key_values")
+        arguments = {name: value for name, value in kwargs.items() if name not in ignored}
+        cache = self._cache(kwargs)
+        if cache is not None:
+            kwargs["past_key_values"] = cache
+            arguments["past_key_values"] = feature_half(cache, self.causal_lm.config.num_hidden_layers)
+        else:
+            arguments["use_cache"] = False
+        route = None
+        if self.features == "all_experts":
+            route = torch.ones(1, 1, self.mixture.num_experts, device=self.causal_lm.device)
+        with self.mixture.using(route):
+            return self.causal_lm.base_model(**arguments, return_dict=True).last_hidden_state
+
+    def _cache(self, kwargs: dict[str, Any]) -> Any:
+        if kwargs.get("past_key_values") is not None:
+            return kwargs["past_key_values"]
+        wanted = kwargs.get("use_cache")
+        if wanted is None:
+            wanted = getattr(self.causal_lm.config, "use_cache", False) and not torch.is_grad_enabled()
+        return DynamicCache(config=self.causal_lm.config) if wanted else None
+
+    def _bind_checkpointing(self) -> None:
+        # However checkpointing was switched on (ours, transformers', PEFT's or the Trainer's way), it ends up in this attribute.
+        for module in self.causal_lm.modules() if self.causal_lm.training else ():
+            function = getattr(module, "_gradient_checkpointing_func", None)
+            if function is not None and not isinstance(function, RoutedCheckpoint):
+                module._gradient_checkpointing_func = RoutedCheckpoint(function, self.mixture)
+
+
+def _rows_and_length(kwargs: dict[str, Any]) -> tuple[int, int]:
+    source = kwargs.get("input_ids")
+    source = kwargs.get("inputs_embeds") if source is None else source
+    if source is None:
+        raise RoutingError("neither input_ids nor inputs_embeds was given, but should be one of them")
+    return source.shape[0], source.shape[1]
+
+
+def _add_position_ids(kwargs: dict[str, Any]) -> None:
+    """Positions counted from the first real token, so that left padding changes nothing (transformers: from column 0)."""
+    mask = kwargs.get("attention_mask")
+    if kwargs.get("position_ids") is None and isinstance(mask, Tensor) and mask.dim() == 2:
+        length = _rows_and_length(kwargs)[1]
+        kwargs["position_ids"] = (mask.long().cumsum(-1) - 1).clamp(min=0)[:, -length:]
