@@ -2,16 +2,20 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import torch
 from peft import LoraConfig, PeftModel, get_peft_model
 from transformers import AutoConfig, AutoModelForCausalLM, PretrainedConfig, PreTrainedModel
+from transformers.pytorch_utils import Conv1D
 
 from dylo_moe.config import MoELoraConfig
 from dylo_moe.errors import ShapeMismatch
-from dylo_moe.formats import Checkpoint, Expert, check_experts_fit_base, read_checkpoint, resolve_base
+from dylo_moe.formats import Checkpoint, Expert, read_checkpoint
+from dylo_moe.formats.base import check_experts_fit_base, read_base, resolve_base
 from dylo_moe.model import DyLoRA_MoE, attach_router
 from dylo_moe.router import DynamicHybridRouter
 
@@ -63,7 +67,8 @@ def load_checkpoint(  # noqa: PLR0913 - from_pretrained's own habit: one option 
         "attn_implementation": attn_implementation,
         "trust_remote_code": trust_remote_code,
     }
-    base = _base(checkpoint, base_model, {name: value for name, value in options.items() if value is not None})
+    base, warnings = _base(checkpoint, base_model, {name: value for name, value in options.items() if value is not None})
+    checkpoint = replace(checkpoint, warnings=(*checkpoint.warnings, *warnings))
     if not checkpoint.experts:
         base.checkpoint = checkpoint
         return base.eval()
@@ -79,7 +84,7 @@ def add_experts(base: PreTrainedModel, experts: tuple[Expert, ...]) -> PeftModel
     """
     peft_model: PeftModel | None = None
     for expert in experts:
-        config = _lora_config(expert)
+        config = _lora_config(expert, fan_in_fan_out=any(isinstance(module, Conv1D) for module in base.modules()))
         if peft_model is None:
             peft_model = get_peft_model(base, config, adapter_name=expert.name)
         else:
@@ -88,20 +93,28 @@ def add_experts(base: PreTrainedModel, experts: tuple[Expert, ...]) -> PeftModel
     return peft_model
 
 
-def _base(checkpoint: Checkpoint, given: str | PreTrainedModel | None, options: dict[str, Any]) -> PreTrainedModel:
+def _base(
+    checkpoint: Checkpoint, given: str | PreTrainedModel | None, options: dict[str, Any]
+) -> tuple[PreTrainedModel, tuple[str, ...]]:
+    """The base model and what there is to warn about it."""
     if isinstance(given, PreTrainedModel):
-        return given
-    if checkpoint.base_config is not None and checkpoint.base_state is None and not checkpoint.experts:
-        return _from_directory(checkpoint.path, checkpoint.base_config, options)
+        return given, ()
     if checkpoint.base_state is not None:
-        return _from_state(checkpoint, given, options)
-    location = resolve_base(checkpoint, given)
-    check_experts_fit_base(location, checkpoint.experts)
-    return AutoModelForCausalLM.from_pretrained(location, **options)
+        return _from_state(checkpoint, given, options), ()
+    if not checkpoint.experts:
+        return _from_directory(checkpoint.path, checkpoint.base_config, options), ()
+    location = resolve_base(checkpoint.base_model, given, checkpoint=checkpoint.path)
+    if not Path(location).is_dir():  # a hub id that the user gave
+        return AutoModelForCausalLM.from_pretrained(location, **options), ()
+    warnings = check_experts_fit_base(location, checkpoint.experts)
+    return _from_directory(location, read_base(location).config, options), warnings
 
 
-def _from_directory(path: Path, config: Any, options: dict[str, Any]) -> PreTrainedModel:
-    return AutoModelForCausalLM.from_pretrained(path, config=_as_config(config), local_files_only=True, **options)
+def _from_directory(path: str | Path, fields: Mapping[str, Any], options: dict[str, Any]) -> PreTrainedModel:
+    """A local base. Its configuration is built from the validated fields, so that none of them can name code or a kernel."""
+    if options["trust_remote_code"]:
+        return AutoModelForCausalLM.from_pretrained(path, local_files_only=True, **options)
+    return AutoModelForCausalLM.from_pretrained(path, config=_as_config(fields), local_files_only=True, **options)
 
 
 def _from_state(checkpoint: Checkpoint, given: str | None, options: dict[str, Any]) -> PreTrainedModel:
@@ -109,7 +122,7 @@ def _from_state(checkpoint: Checkpoint, given: str | None, options: dict[str, An
     if checkpoint.base_config is not None:
         config = _as_config(checkpoint.base_config)
     else:
-        config = AutoConfig.from_pretrained(resolve_base(checkpoint, given))
+        config = AutoConfig.from_pretrained(resolve_base(checkpoint.base_model, given, checkpoint=checkpoint.path))
     state = checkpoint.base_state
     dtype = options["dtype"] if isinstance(options["dtype"], torch.dtype) else None
     stored = next(iter(state.values())).dtype
@@ -125,12 +138,12 @@ def _from_state(checkpoint: Checkpoint, given: str | None, options: dict[str, An
     return model
 
 
-def _as_config(fields: Any) -> PretrainedConfig:
+def _as_config(fields: Mapping[str, Any]) -> PretrainedConfig:
     values = {name: value for name, value in fields.items() if not name.startswith("_") and name != "auto_map"}
     return AutoConfig.for_model(values.pop("model_type"), **values)
 
 
-def _lora_config(expert: Expert) -> LoraConfig:
+def _lora_config(expert: Expert, *, fan_in_fan_out: bool) -> LoraConfig:
     first = next(iter(expert.modules.values()))
     return LoraConfig(
         task_type="CAUSAL_LM",
@@ -140,6 +153,7 @@ def _lora_config(expert: Expert) -> LoraConfig:
         rank_pattern={_exactly(name): pair.rank for name, pair in expert.modules.items()},
         alpha_pattern={_exactly(name): pair.alpha for name, pair in expert.modules.items()},
         use_rslora=first.use_rslora,
+        fan_in_fan_out=fan_in_fan_out,
         init_lora_weights=False,
     )
 
