@@ -1,0 +1,246 @@
+"""PeftMoEDecoder: a LoRA mixture of experts as an EvalPlus decoder."""
+
+from __future__ import annotations
+
+import hashlib
+import math
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from evalplus.provider.base import DecoderBase
+from torch import Tensor, nn
+from transformers import AutoTokenizer, LogitsProcessorList, PreTrainedTokenizerBase, StoppingCriteriaList
+
+from dylo_moe.errors import MissingFile, OptionError, PromptError, UnknownStrategy
+from dylo_moe.formats.base import resolve_base
+from dylo_moe.loading import load_checkpoint
+from dylo_moe.model import DyLoRA_MoE
+from dylo_moe.prompts import chat_prompt
+from dylo_moe.sampling import Draw, warpers_from_options
+from dylo_moe.stopping import StopStrings, cut_at_stop, stop_strings
+from dylo_moe.strategies import parse_strategy
+
+DTYPES = ("bfloat16", "float16", "float32", "float64", "auto")
+TOP_P = 0.95  # EvalPlus 0.3.1, provider/hf.py
+TOP_K = 50  # what transformers' generate uses where the model's generation config says nothing
+
+
+class PeftMoEDecoder(DecoderBase):
+    """Completes EvalPlus prompts with a checkpoint of any format that `load_checkpoint` reads.
+
+    Args:
+        name: the checkpoint's directory; only a label where `adapter_path` is given.
+        dataset: "humaneval" or "mbpp", which decides the stop strings of base prompts.
+        base_model: as in `load_checkpoint`; None takes what the checkpoint records.
+        adapter_path: the checkpoint's directory.
+        routing_strategy: "router", "single:<i>", "best", "ensemble" or "round_robin"; a merged checkpoint has only "router".
+        wandb_artifact: not available in this version.
+        force_base_prompt: give the model the bare prompt although its tokenizer has a chat template.
+        attn_implementation, device_map, dtype, trust_remote_code: as in `load_checkpoint`; without a device_map the model
+            goes to the first CUDA device, where there is one.
+        batch_size: samples of one prompt that are generated together; it does not change what is drawn.
+        temperature: 0 for greedy decoding, above 0 for sampling.
+        max_new_tokens: the longest completion, in tokens.
+        instruction_prefix, response_prefix: EvalPlus's sentences around the task in chat prompts.
+        seed: sample k of a prompt depends on the seed, the prompt and k, and on nothing else.
+        model: an already loaded model of this checkpoint, used instead of loading one.
+
+    Raises:
+        OptionError, UnknownStrategy, CheckpointError: one line each.
+    """
+
+    def __init__(  # noqa: PLR0913  (EvalPlus's names, and ours)
+        self,
+        name: str,
+        dataset: str,
+        base_model: str | None = None,
+        adapter_path: str | None = None,
+        routing_strategy: str = "router",
+        wandb_artifact: str | None = None,
+        force_base_prompt: bool = False,
+        attn_implementation: str = "eager",
+        device_map: Any = None,
+        batch_size: int = 1,
+        temperature: float = 0.8,
+        max_new_tokens: int = 768,
+        dtype: str = "bfloat16",
+        trust_remote_code: bool = False,
+        instruction_prefix: str | None = None,
+        response_prefix: str | None = None,
+        seed: int = 0,
+        model: nn.Module | None = None,
+    ) -> None:
+        _check_options(dataset, dtype, wandb_artifact, temperature=temperature, counts=(batch_size, max_new_tokens))
+        super().__init__(
+            name=str(name),
+            batch_size=batch_size,
+            temperature=temperature,
+            max_new_tokens=max_new_tokens,
+            dtype=dtype,
+            trust_remote_code=trust_remote_code,
+            instruction_prefix=instruction_prefix,
+            response_prefix=response_prefix,
+        )
+        self.dataset = dataset
+        self.routing_strategy = routing_strategy
+        self.force_base_prompt = force_base_prompt
+        self.skip_special_tokens = True
+        self.seed = seed
+        path = Path(adapter_path or name)
+        self.model = model
+        if model is None:
+            options = {"attn_implementation": attn_implementation, "trust_remote_code": trust_remote_code}
+            self.model = _load(path, base_model, dtype, device_map, options)
+        checkpoint = self.model.checkpoint
+        self.model_format = checkpoint.format
+        self.base_model_name = str(base_model or checkpoint.base_model or path)
+        self.device = next(self.model.parameters()).device
+        self.tokenizer = _load_tokenizer(self.model, base_model, trust_remote_code)
+        self._check_strategy()
+        self.eos = stop_strings(dataset, direct_completion=self.is_direct_completion())
+
+    def is_direct_completion(self) -> bool:
+        """Whether the model continues the bare prompt (then the prompt is part of the solution) or answers in a chat."""
+        return self.force_base_prompt or self.tokenizer.chat_template is None
+
+    def codegen(self, prompt: str, do_sample: bool = True, num_samples: int = 200, first_sample: int = 0) -> list[str]:
+        """Completions of one prompt: always `num_samples` of them, in order.
+
+        Args:
+            do_sample: False is greedy decoding, which needs temperature 0, as sampling needs a temperature above 0.
+            first_sample: the index of the first one; a run that already has k samples continues with first_sample=k.
+
+        Raises:
+            OptionError: do_sample contradicts the temperature.
+            PromptError: the prompt cannot be made or is longer than the model can read.
+        """
+        if do_sample == (self.temperature == 0):
+            asked = "sampling" if do_sample else "greedy decoding"
+            needed = "a temperature above 0 (or greedy decoding)" if do_sample else "temperature 0"
+            raise OptionError(f"{asked} with temperature {self.temperature:g}, but it needs {needed}")
+        input_ids = self._encode(prompt)
+        wanted = range(first_sample, first_sample + num_samples)
+        texts: list[str] = []
+        for start in range(0, num_samples, self.batch_size):
+            texts += self._complete(prompt, input_ids, wanted[start : start + self.batch_size], do_sample=do_sample)
+        return texts
+
+    def _encode(self, prompt: str) -> Tensor:
+        """Token ids of the whole prompt, (1, length)."""
+        direct = self.is_direct_completion()
+        text = prompt
+        if not direct:
+            text = chat_prompt(self.tokenizer, prompt, self.instruction_prefix, self.response_prefix, name=self.name)
+        # A chat template writes its own special tokens: adding the tokenizer's would give two at the start.
+        ids = self.tokenizer(text, add_special_tokens=direct, return_tensors="pt")["input_ids"]
+        positions = _positions(self.model)
+        if positions is not None and ids.shape[1] >= positions:
+            raise PromptError(f"{self.name}: a prompt of {ids.shape[1]} tokens, but the model has {positions} positions")
+        if ids.shape[1] == 0:
+            raise PromptError(f"{self.name}: a prompt of no tokens")
+        return ids.to(self.device)
+
+    def _complete(self, prompt: str, input_ids: Tensor, indices: range, *, do_sample: bool) -> list[str]:
+        rows, length = len(indices), input_ids.shape[1]
+        ids = input_ids.expand(rows, -1).contiguous()
+        room = (_positions(self.model) or length + self.max_new_tokens) - length
+        ends = self._end_tokens()
+        options: dict[str, Any] = {
+            "max_new_tokens": min(self.max_new_tokens, room),
+            "do_sample": do_sample,
+            "eos_token_id": sorted(ends) or None,
+            "pad_token_id": _first_known(self.tokenizer.pad_token_id, self.tokenizer.eos_token_id, 0),
+            "stopping_criteria": StoppingCriteriaList([StopStrings(self.eos, length, self._decode)]),
+        }
+        seeds = None
+        if do_sample:
+            top_k = self.model.generation_config.top_k
+            options |= {"temperature": self.temperature, "top_p": TOP_P, "top_k": TOP_K if top_k is None else top_k}
+            seeds = [sample_seed(self.seed, prompt, index) for index in indices]
+        output = self._generate(ids, indices[0], seeds, options)
+        texts = [self._decode(_before_any(row, ends)) for row in output[:, length:].cpu()]
+        return [cut_at_stop(text, self.eos).replace("\t", "    ") for text in texts]
+
+    def _generate(self, ids: Tensor, first_sample: int, seeds: list[int] | None, options: dict[str, Any]) -> Tensor:
+        mask = torch.ones_like(ids)
+        if isinstance(self.model, DyLoRA_MoE):
+            route = {"strategy": self.routing_strategy, "first_sample": first_sample, "seeds": seeds}
+            return self.model.generate(ids, mask, **route, **options)
+        if seeds is not None:
+            warpers, options = warpers_from_options(self.model.generation_config, options)
+            options |= {"do_sample": False, "logits_processor": LogitsProcessorList([Draw(1, warpers, seeds)])}
+        return self.model.generate(ids, attention_mask=mask, **options)
+
+    def _decode(self, ids: Tensor) -> str:
+        return self.tokenizer.decode(ids, skip_special_tokens=self.skip_special_tokens)
+
+    def _end_tokens(self) -> set[int]:
+        """Token ids that end a completion: the model's, the tokenizer's, and stop strings that are single special tokens."""
+        configured = self.model.generation_config.eos_token_id
+        ends = set(configured if isinstance(configured, list) else [configured])
+        added = self.tokenizer.get_added_vocab()
+        ends |= {self.tokenizer.eos_token_id, *(added.get(stop) for stop in self.eos)}
+        return ends - {None}
+
+    def _check_strategy(self) -> None:
+        if isinstance(self.model, DyLoRA_MoE):
+            has_router = self.model.router is not None
+            parse_strategy(self.routing_strategy, self.model.num_experts, has_router=has_router)
+        elif self.routing_strategy != "router":
+            raise UnknownStrategy(
+                f"routing strategy {self.routing_strategy!r}, but a merged model has no experts to choose from: only 'router'"
+            )
+
+
+def sample_seed(seed: int, prompt: str, index: int) -> int:
+    """The seed of sample `index` of a prompt: 62 bits of SHA-256, so that it depends on nothing but its arguments."""
+    digest = hashlib.sha256(f"{seed}\0{index}\0{prompt}".encode("utf-8", "surrogatepass")).digest()
+    return int.from_bytes(digest[:8], "big") >> 2
+
+
+def _check_options(dataset: str, dtype: str, wandb_artifact: str | None, *, temperature: float, counts: tuple[int, int]) -> None:
+    if dataset not in ("humaneval", "mbpp"):
+        raise OptionError(f"dataset {dataset!r}, but should be 'humaneval' or 'mbpp'")
+    if dtype not in DTYPES:
+        raise OptionError(f"dtype {dtype!r}, but should be one of {', '.join(DTYPES)}")
+    if wandb_artifact is not None:
+        raise OptionError("wandb_artifact is not available in this version: download the artifact and name its directory")
+    if not (math.isfinite(temperature) and temperature >= 0):
+        raise OptionError(f"temperature {temperature}, but should be 0 (greedy) or above")
+    for what, count in zip(("batch_size", "max_new_tokens"), counts, strict=True):
+        if count < 1:
+            raise OptionError(f"{what} {count}, but should be at least 1")
+
+
+def _load(path: Path, base_model: str | None, dtype: str, device_map: Any, options: dict[str, Any]) -> nn.Module:
+    wanted = None if dtype == "auto" else getattr(torch, dtype)
+    model = load_checkpoint(path, base_model, wanted, device_map, **options)
+    return model.to("cuda") if device_map is None and torch.cuda.is_available() else model
+
+
+def _load_tokenizer(model: nn.Module, base_model: str | None, trust_remote_code: bool) -> PreTrainedTokenizerBase:
+    """The checkpoint's tokenizer, or else its base model's."""
+    checkpoint = model.checkpoint
+    place = checkpoint.tokenizer or resolve_base(checkpoint.base_model, base_model, checkpoint=checkpoint.path)
+    local = Path(place).is_dir()
+    if local and not (Path(place) / "tokenizer_config.json").is_file():
+        raise MissingFile(place, "tokenizer_config.json", found="no tokenizer", expected="a tokenizer beside the model")
+    return AutoTokenizer.from_pretrained(place, local_files_only=local, trust_remote_code=trust_remote_code)
+
+
+def _positions(model: nn.Module) -> int | None:
+    """How many tokens the model can read, where its configuration says so."""
+    config = model.config.get_text_config()
+    return getattr(config, "max_position_embeddings", None)
+
+
+def _first_known(*ids: int | None) -> int:
+    return next(i for i in ids if i is not None)
+
+
+def _before_any(row: Tensor, ends: Sequence[int] | set[int]) -> Tensor:
+    """The tokens before the first of `ends`; (tokens,)."""
+    hits = torch.isin(row, torch.tensor(sorted(ends), dtype=row.dtype)).nonzero()
+    return row[: int(hits[0])] if len(hits) else row

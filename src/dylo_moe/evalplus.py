@@ -1,0 +1,295 @@
+"""EvalPlus's make_model, run_codegen and evaluate, plus the backend "peft_moe".
+
+Every other backend goes to EvalPlus with the caller's arguments. Nothing of EvalPlus is changed, at import or later.
+"""
+
+from __future__ import annotations
+
+import inspect
+import json
+import sys
+from functools import cache
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from dylo_moe.errors import OptionError, SampleFileError
+from dylo_moe.tasks import load_tasks
+
+if TYPE_CHECKING:
+    from evalplus.provider.base import DecoderBase
+
+BACKEND = "peft_moe"
+# EvalPlus 0.3.1, codegen.py: its sentences around a task in a chat prompt.
+INSTRUCTION_PREFIX = (
+    "Please provide a self-contained Python script that solves the following problem in a markdown code block:"
+)
+RESPONSE_PREFIX = (
+    "Below is a Python script with a self-contained function that solves the problem and passes corresponding tests:"
+)
+
+
+def make_model(  # noqa: PLR0913  (EvalPlus's signature, and ours after it)
+    model: str,
+    backend: str,
+    dataset: str,
+    batch_size: int = 1,
+    temperature: float = 0.0,
+    force_base_prompt: bool = False,
+    instruction_prefix: str | None = None,
+    response_prefix: str | None = None,
+    dtype: str = "bfloat16",
+    trust_remote_code: bool = False,
+    tp: int = 1,
+    base_url: str | None = None,
+    attn_implementation: str = "eager",
+    *,
+    base_model: str | None = None,
+    adapter_path: str | None = None,
+    routing_strategy: str = "router",
+    wandb_artifact: str | None = None,
+    max_new_tokens: int = 768,
+    seed: int = 0,
+    device_map: Any = None,
+) -> DecoderBase:
+    """EvalPlus's `make_model`; with backend="peft_moe" a PeftMoEDecoder, which see for the options after the star.
+
+    Raises:
+        OptionError: an option of peft_moe with another backend. For peft_moe, what PeftMoEDecoder raises.
+    """
+    shared = {
+        "dataset": dataset,
+        "batch_size": batch_size,
+        "temperature": temperature,
+        "force_base_prompt": force_base_prompt,
+        "instruction_prefix": instruction_prefix,
+        "response_prefix": response_prefix,
+        "dtype": dtype,
+        "trust_remote_code": trust_remote_code,
+        "attn_implementation": attn_implementation,
+    }
+    ours = {
+        "base_model": base_model,
+        "adapter_path": adapter_path,
+        "routing_strategy": routing_strategy,
+        "wandb_artifact": wandb_artifact,
+        "max_new_tokens": max_new_tokens,
+        "seed": seed,
+        "device_map": device_map,
+    }
+    if backend != BACKEND:
+        from evalplus.provider import make_model as stock  # noqa: PLC0415
+
+        _refuse_ours(make_model, ours, backend)
+        return stock(model=model, backend=backend, tp=tp, base_url=base_url, **shared)
+    from dylo_moe.decoder import PeftMoEDecoder  # noqa: PLC0415
+
+    return PeftMoEDecoder(model, **shared, **ours)
+
+
+def run_codegen(  # noqa: PLR0913  (EvalPlus's signature, and ours after it)
+    model: str,
+    dataset: str,
+    root: str = "evalplus_results",
+    bs: int | None = None,
+    n_samples: int = 1,
+    temperature: float = 0.0,
+    resume: bool = True,
+    greedy: bool = False,
+    id_range: list[int] | None = None,
+    version: str = "default",
+    backend: str = "vllm",
+    force_base_prompt: bool = False,
+    base_url: str | None = None,
+    tp: int = 1,
+    evalperf_type: str | None = None,
+    jsonl_fmt: bool = True,
+    attn_implementation: str = "eager",
+    trust_remote_code: bool = False,
+    dtype: str = "bfloat16",
+    *,
+    base_model: str | None = None,
+    adapter_path: str | None = None,
+    routing_strategy: str = "router",
+    wandb_artifact: str | None = None,
+    max_new_tokens: int = 768,
+    seed: int = 0,
+    device_map: Any = None,
+) -> str:
+    """EvalPlus's `run_codegen`; with backend="peft_moe" samples go through a journal (see samples.py).
+
+    A run continues the samples of an earlier one with the same weights, base, strategy, tasks, options and versions, and of
+    no other; n_samples, id_range and bs may differ. greedy means temperature 0 and one sample, except that "round_robin"
+    keeps its n_samples, one expert each.
+
+    Returns:
+        The path of the sample file.
+
+    Raises:
+        OptionError, CheckpointError, TaskSetError, PromptError, SampleFileError: one line each.
+    """
+    given = dict(locals())
+    ours = {name: given.pop(name) for name in _own_options(run_codegen)}
+    if backend != BACKEND:
+        from evalplus.codegen import run_codegen as stock  # noqa: PLC0415
+
+        _refuse_ours(run_codegen, ours, backend)
+        return stock(**given)
+    if evalperf_type is not None or not jsonl_fmt:
+        raise OptionError(f"{BACKEND} has no evalperf_type, and writes JSON lines only")
+    if greedy:
+        temperature, n_samples = 0.0, n_samples if routing_strategy == "round_robin" else 1
+    elif temperature == 0:
+        raise OptionError("temperature 0 is greedy decoding: add greedy, or set a temperature above 0")
+    if n_samples < 1:
+        raise OptionError(f"n_samples {n_samples}, but should be at least 1")
+    from dylo_moe.generating import Generation, generate_samples  # noqa: PLC0415
+
+    generation = Generation(
+        task_set=load_tasks(dataset, version=version),
+        task_range=_checked_range(id_range),
+        n_samples=n_samples,
+        greedy=greedy,
+        resume=resume,
+        decoder={
+            **ours,
+            "name": str(model),
+            "dataset": dataset,
+            "batch_size": bs or min(n_samples, 32),
+            "temperature": float(temperature),
+            "force_base_prompt": force_base_prompt,
+            "instruction_prefix": INSTRUCTION_PREFIX,
+            "response_prefix": RESPONSE_PREFIX,
+            "attn_implementation": attn_implementation,
+            "trust_remote_code": trust_remote_code,
+            "dtype": dtype,
+        },
+    )
+    return str(generate_samples(generation, Path(root) / dataset))
+
+
+def evaluate(  # noqa: PLR0913  (EvalPlus's signature)
+    dataset: str,
+    samples: str | None = None,
+    base_only: bool = False,
+    parallel: int | None = None,
+    i_just_wanna_run: bool = False,
+    test_details: bool = False,
+    min_time_limit: float | None = None,
+    gt_time_limit_factor: float = 4.0,
+    mini: bool = False,
+    noextreme: bool = False,
+    version: str = "default",
+    **model_options: Any,
+) -> dict[str, Any] | None:
+    """EvalPlus's `evaluate`, which returns its result. With any other backend than "peft_moe" it is EvalPlus's own (None).
+
+    Args:
+        samples: a sample file or directory; None generates samples first, with `model_options` as in `run_codegen`.
+        parallel: processes that run code; None for half the processors.
+        i_just_wanna_run: score again although results for exactly these samples, tasks and limits are stored.
+        min_time_limit: seconds per input at least; None for 4 (EvalPlus's own: 1).
+        model_options: of `run_codegen`. id_range also goes with `samples`, and then only tasks in the range are scored.
+
+    Returns:
+        See `results.summarise`. It is also written beside the samples, as *_eval_results.json.
+
+    Raises:
+        As `run_codegen`; ScoringError where a canonical solution cannot be run.
+    """
+    given = dict(locals())
+    generates = bool(model_options.keys() - {"id_range"})
+    if generates and model_options.get("backend") != BACKEND:
+        return _stock_evaluate(**{**given.pop("model_options"), **given})
+    id_range = _checked_range(model_options.get("id_range"))
+    if generates == (samples is not None):
+        raise OptionError("evaluate needs either samples, or a model and the options of its generation")
+    if generates:
+        samples = _generate(dataset, version, model_options)
+    from dylo_moe import results  # noqa: PLC0415
+    from dylo_moe.scoring import MIN_TIME_LIMIT, Limits  # noqa: PLC0415
+
+    task_set = load_tasks(dataset, version=version, mini=mini, noextreme=noextreme)
+    limit = MIN_TIME_LIMIT if min_time_limit is None else min_time_limit
+    limits = Limits(base_only, test_details, limit, gt_time_limit_factor)
+    wanted = results.read_samples(Path(samples), task_set, task_set.ids(id_range))
+    bound = results.binding(task_set, wanted, limits)
+    place = results.result_path(Path(samples))
+    result = None if i_just_wanna_run else results.stored(place, bound)
+    if result is None:
+        result = _score(task_set, wanted, limits, parallel, bound)
+        _write(place, result)
+    _print(dataset, result)
+    return result
+
+
+def _score(task_set: Any, samples: list, limits: Any, parallel: int | None, bound: dict[str, Any]) -> dict[str, Any]:
+    from dylo_moe import results  # noqa: PLC0415
+    from dylo_moe.scoring import score  # noqa: PLC0415
+
+    _say_unsandboxed()
+    return results.summarise(task_set, score(task_set, samples, limits, parallel=parallel), limits, bound)
+
+
+def _write(place: Path, result: dict[str, Any]) -> None:
+    from dylo_moe.atomic import write_atomically  # noqa: PLC0415
+
+    try:
+        write_atomically(place, json.dumps(result).encode())
+    except OSError as error:
+        raise SampleFileError(f"{place}: {error.strerror}") from None
+
+
+def _generate(dataset: str, version: str, model_options: dict[str, Any]) -> str:
+    options = {"dataset": dataset, "version": version, **model_options, "backend": BACKEND}
+    try:
+        inspect.signature(run_codegen).bind(**options)
+    except TypeError as error:
+        raise OptionError(f"{error}; the options are those of run_codegen") from None
+    return run_codegen(**options)
+
+
+def _stock_evaluate(min_time_limit: float | None, **options: Any) -> None:
+    from evalplus.evaluate import evaluate as stock  # noqa: PLC0415
+
+    ours = {name: options[name] for name in _own_options(run_codegen) if name in options}
+    if ours:
+        raise OptionError(f"{', '.join(ours)}: options of the backend {BACKEND}, but the backend is {options.get('backend')}")
+    return stock(**options, **({} if min_time_limit is None else {"min_time_limit": min_time_limit}))
+
+
+def _own_options(function: Any) -> dict[str, Any]:
+    """The options that EvalPlus does not have, which are those after the star, with their defaults."""
+    parameters = inspect.signature(function).parameters.values()
+    return {p.name: p.default for p in parameters if p.kind is inspect.Parameter.KEYWORD_ONLY}
+
+
+def _refuse_ours(function: Any, given: dict[str, Any], backend: str) -> None:
+    wrong = [name for name, default in _own_options(function).items() if given[name] != default]
+    if wrong:
+        raise OptionError(f"{', '.join(wrong)}: options of the backend {BACKEND}, but the backend is {backend}")
+
+
+def _checked_range(id_range: Any) -> tuple[int, int] | None:
+    if id_range is None:
+        return None
+    values = list(id_range) if isinstance(id_range, list | tuple) else []
+    if len(values) != 2 or not all(isinstance(v, int) for v in values) or values[0] >= values[1]:
+        raise OptionError(f"id_range {id_range!r}, but should be two numbers, the first lower: tasks low to high - 1")
+    return values[0], values[1]
+
+
+@cache
+def _say_unsandboxed() -> None:
+    """Once per process."""
+    print("Generated code runs under EvalPlus's guard, which is no sandbox: use a machine that may be lost.", file=sys.stderr)
+
+
+def _print(dataset: str, result: dict[str, Any]) -> None:
+    for part, title in (("base", "base tests"), ("plus", "base + extra tests")):
+        for name, value in (result[part] or {}).items():
+            stock = result["stock"][part][name]
+            note = f"   (EvalPlus 0.3.1: {stock:.3f})" if stock != value else ""
+            print(f"{dataset} ({title}) {name}: {value:.3f}{note}")
+    for found in result["differences"]:
+        where = f"{found['task_id']} sample {found['sample']} ({found['tests']})"
+        print(f"differs from EvalPlus 0.3.1: {where}: {found['ours']}, there {found['stock']}: {found['reason']}")

@@ -1,0 +1,77 @@
+"""What decides the content of a sample file: two runs that agree here would write the same samples."""
+
+from __future__ import annotations
+
+import hashlib
+import importlib.metadata
+import json
+import re
+from pathlib import Path
+from typing import Any
+
+from huggingface_hub import try_to_load_from_cache
+
+from dylo_moe.formats import Checkpoint, combined_hash
+from dylo_moe.formats.tokenizer_files import tokenizer_files
+
+SCHEMA = 1
+PACKAGES = ("dylo-moe", "torch", "transformers", "peft", "tokenizers", "evalplus")
+_MODEL_FILES = ("*.safetensors", "*.bin", "*.index.json", "config.json", "generation_config.json")
+_HUB_BLOB = re.compile(r"[0-9a-f]{64}")
+_CHUNK = 1 << 22
+
+
+def checkpoint_identity(checkpoint: Checkpoint, base: str | Path | None) -> dict[str, str | None]:
+    """Hashes of everything on disk that decides what the model computes.
+
+    Args:
+        base: directory or hub id of the base model; None where the checkpoint holds all weights itself.
+    """
+    own = Path(checkpoint.tokenizer) if checkpoint.tokenizer else None
+    return {
+        "checkpoint": combined_hash(checkpoint.hashes),
+        "tokenizer": None if own is None else _combined(own, tokenizer_files(own)),
+        "base": None if base is None else _base_hash(base),
+    }
+
+
+def versions() -> dict[str, str]:
+    """Versions of the packages that decide what is generated."""
+    return {name: importlib.metadata.version(name) for name in PACKAGES}
+
+
+def identity_hash(identity: dict[str, Any]) -> str:
+    """SHA-256 of an identity, whatever the order of its keys."""
+    return hashlib.sha256(json.dumps(identity, sort_keys=True).encode()).hexdigest()
+
+
+def local_directory(base: str | Path) -> Path | None:
+    """Where a base model lies on this machine: the directory itself, or the hub's cache; None if it is not here yet."""
+    if Path(base).is_dir():
+        return Path(base)
+    cached = try_to_load_from_cache(str(base), "config.json")
+    return Path(cached).parent if isinstance(cached, str) else None
+
+
+def _base_hash(base: str | Path) -> str:
+    directory = local_directory(base)
+    if directory is None:
+        return f"hub:{base}"
+    files = {path for pattern in _MODEL_FILES for path in directory.glob(pattern)}
+    return _combined(directory, [*sorted(files), *tokenizer_files(directory)])
+
+
+def _combined(directory: Path, files: list[Path]) -> str:
+    return combined_hash({str(path.relative_to(directory)): _file_hash(path) for path in files})
+
+
+def _file_hash(path: Path) -> str:
+    """SHA-256 of a file. A large file in the hub's cache is named by it, so it need not be read."""
+    name = path.resolve().name
+    if path.is_symlink() and _HUB_BLOB.fullmatch(name):
+        return name
+    digest = hashlib.sha256()
+    with path.open("rb") as file:
+        while chunk := file.read(_CHUNK):
+            digest.update(chunk)
+    return digest.hexdigest()

@@ -1,0 +1,125 @@
+"""Runs solutions in fresh processes and says which pass."""
+
+from __future__ import annotations
+
+import os
+from collections import defaultdict
+from collections.abc import Iterable, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from typing import Any
+
+from dylo_moe.errors import ScoringError
+from dylo_moe.tasks import TaskSet
+from dylo_moe.worker import Worker, WorkerGone
+
+PASS, FAIL, TIMEOUT = "pass", "fail", "timeout"
+# EvalPlus gives one check at most 60 s and a few more to end; a part needs at most two checks, a solution two parts.
+ANSWER_SECONDS = 300.0
+TRUTH_SECONDS = 300.0
+MIN_TIME_LIMIT = 4.0  # EvalPlus's main branch; 1 s fails canonical solutions on a loaded machine
+
+
+@dataclass(frozen=True)
+class Limits:
+    """How to run. Seconds per input are max(min_time_limit, gt_time_limit_factor * the canonical solution's)."""
+
+    base_only: bool = False
+    test_details: bool = False
+    min_time_limit: float = MIN_TIME_LIMIT
+    gt_time_limit_factor: float = 4.0
+
+    @property
+    def parts(self) -> list[str]:
+        return ["base"] if self.base_only else ["base", "plus"]
+
+    def for_evalplus(self) -> dict[str, Any]:
+        """Keyword arguments of EvalPlus's `untrusted_check`."""
+        return {
+            "fast_check": not self.test_details,
+            "min_time_limit": self.min_time_limit,
+            "gt_time_limit_factor": self.gt_time_limit_factor,
+        }
+
+
+@dataclass(frozen=True)
+class Sample:
+    """One solution of one task. index counts the samples of a task from 0, in the order of their file."""
+
+    task_id: str
+    index: int
+    solution: str
+
+
+@dataclass(frozen=True)
+class Score:
+    """What became of one sample. parts: "base" and "plus" -> {"stock", "ours", "reason", "seconds", "failed"}."""
+
+    sample: Sample
+    parts: dict[str, dict[str, Any]]
+    measured_alone: bool = False
+
+    def passed(self, which: str, parts: Sequence[str]) -> bool:
+        """which: "stock" or "ours"."""
+        return all(self.parts[part][which] == PASS for part in parts)
+
+
+def score(task_set: TaskSet, samples: Iterable[Sample], limits: Limits, *, parallel: int | None = None) -> list[Score]:
+    """Scores every sample; the result is in the order of the samples.
+
+    Tasks are spread over `parallel` processes. A sample that failed and ran into a time limit is measured again alone when
+    the others are done, so that a loaded machine does not decide.
+
+    Raises:
+        ScoringError: a canonical solution fails, or the scoring process does not start.
+    """
+    samples = list(samples)
+    by_task: dict[str, list[Sample]] = defaultdict(list)
+    for sample in samples:
+        by_task[sample.task_id].append(sample)
+    workers = max(1, min(parallel or (os.cpu_count() or 2) // 2, len(by_task)))
+    shares = [list(by_task.values())[i::workers] for i in range(workers)]
+    with ThreadPoolExecutor(workers) as pool:
+        scored = [s for part in pool.map(lambda share: _score_share(task_set, share, limits), shares) for s in part]
+    results = {(s.sample.task_id, s.sample.index): s for s in scored}
+    slow = [s.sample for s in scored if _ran_out_of_time(s, limits)]
+    for again in _score_share(task_set, [[sample] for sample in slow], limits):
+        results[again.sample.task_id, again.sample.index] = Score(again.sample, again.parts, measured_alone=True)
+    return [results[sample.task_id, sample.index] for sample in samples]
+
+
+def _score_share(task_set: TaskSet, groups: Iterable[list[Sample]], limits: Limits) -> list[Score]:
+    scores = []
+    with Worker("dylo_moe.scoring_worker") as worker:
+        for group in groups:
+            ready = False
+            for sample in group:
+                if not ready:
+                    _prepare(worker, task_set, sample.task_id)
+                parts, ready = _check(worker, sample, limits)
+                scores.append(Score(sample, parts))
+    return scores
+
+
+def _prepare(worker: Worker, task_set: TaskSet, task_id: str) -> None:
+    try:
+        worker.ask({"dataset": task_set.dataset, "task": task_set.tasks[task_id]}, TRUTH_SECONDS)
+    except WorkerGone as gone:
+        raise ScoringError(f"{task_set.path}: {task_id}: its canonical solution cannot be run: {gone}") from None
+
+
+def _check(worker: Worker, sample: Sample, limits: Limits) -> tuple[dict[str, dict[str, Any]], bool]:
+    """The statuses of one sample, and whether the worker is still there."""
+    question = {"solution": sample.solution, "parts": limits.parts, "options": limits.for_evalplus()}
+    try:
+        return worker.ask(question, ANSWER_SECONDS), True
+    except WorkerGone as gone:
+        status = TIMEOUT if gone.late else FAIL
+        lost = {"stock": status, "ours": status, "reason": "", "seconds": ANSWER_SECONDS * gone.late, "failed": []}
+        return {part: lost for part in limits.parts}, False
+
+
+def _ran_out_of_time(score: Score, limits: Limits) -> bool:
+    return any(
+        PASS not in (part["stock"], part["ours"]) and part["seconds"] >= limits.min_time_limit for part in score.parts.values()
+    )
