@@ -108,7 +108,7 @@ def _native(path: Path, base_model: str | None) -> Artifact:
 
 def _peft_adapter(directory: Path) -> dict[str, Adapter]:
     config = json.loads((directory / "adapter_config.json").read_text(encoding="utf-8"))
-    tensors = load_file(directory / "adapter_model.safetensors")
+    tensors = _read(directory / "adapter_model.safetensors", (".lora_A.weight", ".lora_B.weight"))
     adapters = {}
     for key in tensors:
         if key.endswith(".lora_A.weight"):
@@ -130,7 +130,7 @@ def _scaling(config: Mapping[str, Any], module: str, rank: int) -> float:
 def _native_gate(path: Path, router: Mapping[str, Any] | None) -> Gate | None:
     if router is None:
         return None
-    tensors = load_file(path / "router.safetensors")
+    tensors = _read(path / "router.safetensors", ("gate.weight", "gate.bias"))
     bias = tensors.get("gate.bias")
     return Gate(
         _array(tensors["gate.weight"]),
@@ -175,6 +175,17 @@ def _adapter_directory(path: Path, name: str) -> Path | None:
     candidates = [path / "peft_adapters" / name / name, path / "peft_adapters" / name, path / name, path]
     files = ("adapter_config.json", "adapter_model.safetensors")
     return next((c for c in candidates if all((c / file).is_file() for file in files)), None)
+
+
+def _read(file: Path, expected: tuple[str, ...]) -> dict[str, Tensor]:
+    """Tensors by name. Raises ValueError for a name that does not end in one of `expected`, and for NaN or infinity."""
+    tensors = load_file(file)
+    for name, tensor in tensors.items():
+        if not name.endswith(expected):
+            raise ValueError(f"{file}: {name}: found a foreign tensor, expected names ending in {' or '.join(expected)}")
+        if not torch.isfinite(tensor).all():
+            raise ValueError(f"{file}: {name}: found NaN or infinity, expected finite numbers")
+    return tensors
 
 
 def _array(tensor: Tensor) -> np.ndarray:

@@ -1,0 +1,291 @@
+"""Laws of generation: what each routing strategy writes.
+
+Greedy texts are compared token for token with texts that the float64 reference writes without a cache. At a first difference the
+two candidates' logits must be a near tie, in the subject's own pass and in the reference's: within twice the bound on logits.
+P prompt tokens, E experts, V vocabulary.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from harness.bench import Bench
+from harness.compare import assert_equal, assert_same_tokens, assert_within
+from harness.oracles import strategies
+from harness.outcome import NotApplicable, Void
+from harness.workings import Workings, workings
+
+NEW_TOKENS = 6
+SAMPLES = 1000
+FALSE_ALARM = 1e-6  # of the one statistical check, per run
+ILLEGAL = ("single:{experts}", "single:-1", "single:x", "single:", "nonsense", "")
+
+
+def check_single_equals_stock_peft(bench: Bench) -> None:
+    """`single:<i>` writes what stock PEFT writes with adapter i, token for token.
+
+    Reason: upstream's `single:2` ran expert 0, because generate() routed again.
+    Tolerance: none but a near tie; both are given the same options.
+    """
+    w = _generating(bench)
+    for expert in sorted({0, w.experts // 2, w.experts - 1}):
+        peft = w.peft(expert)
+        for prompt in bench.prompts[:2]:
+            want = peft.generate(input_ids=prompt[None], attention_mask=torch.ones_like(prompt)[None], **_greedy(w))
+            got = _generate(w, prompt, strategy=f"single:{expert}")
+            _same_text(w, got, want[0, len(prompt) :].tolist(), prompt, lambda ids, e=expert: _single(w, ids, e))
+    _need_different_texts(w, bench.prompts[0])
+
+
+def check_router_equals_recompute(bench: Bench) -> None:
+    """`router` writes what the reference writes by recomputing every token, with the router in charge of each.
+
+    Reason: upstream chose one expert for the whole text from a mean over the prompt; a stale cache looks the same.
+    Tolerance: none but a near tie, of logits or of the routing.
+    """
+    w = _generating(bench)
+    w.need_router()
+    for prompt in bench.prompts:
+        want, _ = w.reference.greedy(prompt, NEW_TOKENS)
+        got = _generate(w, prompt, strategy="router")
+        whole = torch.cat([prompt.cpu(), torch.tensor(want)])[None]
+        if not w.near_tie(whole, None).any():
+            _same_text(w, got, want, prompt, lambda ids: w.reference.logits(ids[None])[0, -1])
+    alone = [w.reference.greedy(bench.prompts[0], NEW_TOKENS, lambda ids, e=e: _single(w, ids, e))[0] for e in range(w.experts)]
+    if w.experts > 1 and all(w.reference.greedy(bench.prompts[0], NEW_TOKENS)[0] == text for text in alone):
+        raise Void("every expert alone writes what the router writes")
+
+
+def check_best_is_lowest_prompt_loss(bench: Bench) -> None:
+    """`best` writes with the expert whose own pass has the lowest loss on the prompt, chosen for each prompt.
+
+    Reason: taking the router's favourite, or a loss under the sum of experts, is not this.
+    Tolerance: losses nearer than the bound on logits are a tie and the prompt is set aside; texts as above.
+    """
+    w = _generating(bench)
+    chosen, decided = [], 0
+    for prompt in bench.prompts:
+        losses = w.reference.expert_losses(prompt)
+        best = strategies.best_expert(losses)
+        chosen.append(best)
+        if w.experts > 1 and np.partition(losses, 1)[1] - losses[best] <= 2 * w.bound:
+            continue
+        decided += 1
+        _same_as_expert(w, _generate(w, prompt, strategy="best"), prompt, best)
+    bench.evidence(best_experts=chosen, prompts_decided=decided)
+    if not decided:
+        raise Void("every prompt's losses are tied")
+    _need_different_texts(w, bench.prompts[0])
+
+
+def check_ensemble_equals_mixture(bench: Bench) -> None:
+    """`ensemble` takes the most likely token of the mean of the experts' next-token distributions.
+
+    Reason: averaging logits, or routing once more, gives other texts; upstream's `ensemble` was its router.
+    Tolerance: none but a near tie of probabilities, within twice what the bound on logits can move one.
+    """
+    w = _generating(bench)
+    for prompt in bench.prompts:
+        want, _ = w.reference.greedy(prompt, NEW_TOKENS, w.reference.ensemble_probabilities)
+        _same_text(w, _generate(w, prompt, strategy="ensemble"), want, prompt, w.reference.ensemble_probabilities)
+    _need_different_texts(w, bench.prompts[0])
+
+
+def check_ensemble_samples_mixture(bench: Bench) -> None:
+    """Sampled, `ensemble` draws the next token from the mean of the experts' next-token distributions.
+
+    Reason: greedy texts can agree where the distributions do not; averaged logits sharpen the distribution.
+    Tolerance: Hoeffding's bound on the shares of the likeliest tokens, over all of them, at a false-alarm rate of 1e-6;
+    the smallest share that is surely detected is twice that, and is in the evidence.
+    """
+    w = _generating(bench)
+    prompt = bench.prompts[3]
+    torch.manual_seed(bench.seed)
+    options = {"do_sample": True, "num_return_sequences": SAMPLES, "max_new_tokens": 1, "pad_token_id": 0}
+    options |= _plain_sampling(w)
+    rows = w.model.generate(prompt[None], torch.ones_like(prompt)[None], strategy="ensemble", **options)
+    want = w.reference.ensemble_probabilities(prompt)
+    likeliest = np.argsort(-want)[:20]
+    shares = np.bincount(rows[:, len(prompt)].cpu().numpy(), minlength=len(want)) / len(rows)
+    allowed = math.sqrt(math.log(2 * len(likeliest) / FALSE_ALARM) / (2 * len(rows)))
+    bench.evidence(samples=len(rows), minimum_detectable_effect=2 * allowed, false_alarm_rate=FALSE_ALARM)
+    assert_within(shares[likeliest], want[likeliest], allowed, what="share of the likeliest tokens")
+
+
+def check_round_robin(bench: Bench) -> None:
+    """`round_robin` writes sample k with expert k mod E, also when it resumes from a later sample.
+
+    Reason: a resumed run that starts again at expert 0 gives some experts more samples than others, and another pass@k.
+    Tolerance: none but a near tie.
+    """
+    w = _generating(bench)
+    w.need_option(w.model.generate, "first_sample")
+    for first in (0, w.experts + 1):
+        ids, mask = bench.batch("left")
+        rows = w.model.generate(ids, mask, strategy="round_robin", first_sample=first, **_greedy(w))
+        for row, prompt in enumerate(bench.prompts):
+            expert = strategies.round_robin_expert(first + row, w.experts)
+            _same_as_expert(w, rows[row, ids.shape[1] :].tolist(), prompt, expert)
+    _need_different_texts(w, bench.prompts[0])
+
+
+def check_one_expert_all_agree(bench: Bench) -> None:
+    """With one expert every strategy writes the same text.
+
+    Reason: the degenerate case in which all definitions meet (megablocks tests its mixture so).
+    Tolerance: none but a near tie.
+    """
+    w = _generating(bench)
+    model = w.load(w.variant(w.reference.experts[:1], w.permuted_gate([0])))
+    prompt = bench.prompts[0]
+    legal = ["single:0", "best", "ensemble", "round_robin", *(["router"] if w.reference.router else [])]
+    for strategy in legal:
+        rows = model.generate(prompt[None], torch.ones_like(prompt)[None], strategy=strategy, **_greedy(w))
+        _same_as_expert(w, rows[0, len(prompt) :].tolist(), prompt, 0)
+
+
+def check_illegal_strategies_refused(bench: Bench) -> None:
+    """A strategy that does not exist is refused with a ValueError that names the legal ones.
+
+    Reason: a typing error that falls back to some default scores another model than the one asked for.
+    Tolerance: none.
+    """
+    w = _generating(bench)
+    prompt = bench.prompts[3]
+    for pattern in ILLEGAL:
+        strategy = pattern.format(experts=w.experts)
+        refusal = _refusal(w, prompt, strategy)
+        unnamed = [legal for legal in ("router", "single", "best", "ensemble", "round_robin") if legal not in refusal]
+        assert_equal(unnamed, [], what=f"legal strategies not named in the refusal of {strategy!r}: {refusal!r}")
+
+
+def check_batch_equals_rows(bench: Bench) -> None:
+    """Each row of a padded batch gets the text that its prompt gets alone.
+
+    Reason: EvalPlus scores depended on the batch size wherever padding reached the router or the positions.
+    Tolerance: none but a near tie.
+    """
+    w = _generating(bench)
+    ids, mask = bench.batch("left")
+    strategy = "router" if w.reference.router else "ensemble"
+    score = w.reference.ensemble_probabilities if strategy == "ensemble" else None
+    rows = w.model.generate(ids, mask, strategy=strategy, **_greedy(w))
+    for row, prompt in enumerate(bench.prompts):
+        want = _generate(w, prompt, strategy=strategy)
+        if score is None and w.near_tie(torch.cat([prompt.cpu(), torch.tensor(want)])[None], None).any():
+            continue
+        judge = score or (lambda so_far: w.reference.logits(so_far[None])[0, -1])
+        _same_text(w, rows[row, ids.shape[1] :].tolist(), want, prompt, judge)
+
+
+def check_beam_search_equals_stock_peft(bench: Bench) -> None:
+    """Beam search with one expert is stock PEFT's beam search with that adapter.
+
+    Reason: beams reorder the cache; a second cache that is not reordered with it belongs to other beams.
+    Tolerance: none but a tie of the beams: the scores of the two texts may differ by the bound on logits per token.
+    """
+    w = _generating(bench)
+    w.need_option(w.model.generate, "num_beams")
+    expert, prompt = w.experts - 1, bench.prompts[1]
+    options = {**_greedy(w), "num_beams": 3}
+    want = w.peft(expert).generate(input_ids=prompt[None], attention_mask=torch.ones_like(prompt)[None], **options)
+    got = _generate(w, prompt, strategy=f"single:{expert}", num_beams=3)
+    if got != want[0, len(prompt) :].tolist():
+        scores = [_text_score(w, prompt, text, expert) for text in (got, want[0, len(prompt) :].tolist())]
+        assert_within(scores[0], scores[1], 2 * NEW_TOKENS * w.bound, what="log-probability of the beam's text")
+    if w.reference.router is not None:
+        _compare_routed_beams(w)
+
+
+def _compare_routed_beams(w: Workings) -> None:
+    """Routed beams, with the cache and without it, must write the same."""
+    __tracebackhide__ = True
+    prompt = w.bench.prompts[0]
+    cached, recomputed = (_generate(w, prompt, strategy="router", num_beams=3, use_cache=use) for use in (True, False))
+    assert_equal(cached, recomputed, what="text of three routed beams, cached and recomputed")
+
+
+def _generating(bench: Bench) -> Workings:
+    w = workings(bench)
+    w.need_experts()
+    w.need_method(w.model, "generate")
+    return w
+
+
+def _greedy(w: Workings) -> dict[str, object]:
+    return {"do_sample": False, "max_new_tokens": NEW_TOKENS, "pad_token_id": 0}
+
+
+def _plain_sampling(w: Workings) -> dict[str, object]:
+    """Switches off every warper of transformers; the naive loop has none to switch off."""
+    try:
+        w.need_option(w.model.generate, "top_k")
+    except NotApplicable:
+        return {}
+    return {"top_k": 0, "top_p": 1.0, "temperature": 1.0}
+
+
+def _generate(w: Workings, prompt: Tensor, **options: object) -> list[int]:
+    rows = w.model.generate(prompt[None], torch.ones_like(prompt)[None], **{**_greedy(w), **options})
+    return rows[0, len(prompt) :].tolist()
+
+
+def _single(w: Workings, ids: Tensor, expert: int) -> np.ndarray:
+    return w.reference.logits(ids[None], expert_id=expert)[0, -1]
+
+
+def _same_as_expert(w: Workings, got: list[int], prompt: Tensor, expert: int) -> None:
+    __tracebackhide__ = True
+    want, _ = w.reference.greedy(prompt, NEW_TOKENS, lambda ids: _single(w, ids, expert))
+    _same_text(w, got, want, prompt, lambda ids: _single(w, ids, expert))
+
+
+def _same_text(w: Workings, got: list[int], want: list[int], prompt: Tensor, score: Callable[[Tensor], np.ndarray]) -> None:
+    """`score` gives the reference's logits or probabilities after a text; it decides whether a first difference is a near tie."""
+    __tracebackhide__ = True
+    got, want = _until_end(w, got), _until_end(w, want)
+    step = next((t for t, pair in enumerate(zip(got, want, strict=False)) if pair[0] != pair[1]), None)
+    if step is None:
+        assert_equal(len(got), len(want), what=f"number of tokens after the prompt of {len(prompt)}")
+        return
+    scores = score(torch.cat([prompt.cpu(), torch.tensor(want[:step], dtype=torch.long)]))
+    rows = np.zeros((step + 1, len(scores)))
+    rows[step] = scores
+    assert_same_tokens(got, want, got_logits=rows, want_logits=rows, margin=2 * w.bound, what="text")
+
+
+def _until_end(w: Workings, tokens: list[int]) -> list[int]:
+    """Up to and including the first end-of-text token; what follows is padding."""
+    ends = w.model.config.eos_token_id
+    ends = set(ends if isinstance(ends, list) else [ends])
+    stop = next((index for index, token in enumerate(tokens) if token in ends), len(tokens))
+    return tokens[: stop + 1]
+
+
+def _need_different_texts(w: Workings, prompt: Tensor) -> None:
+    """Void unless two experts write different texts after this prompt: otherwise any expert would have passed."""
+    if w.experts == 1:
+        return
+    texts = {tuple(w.reference.greedy(prompt, NEW_TOKENS, lambda ids, e=e: _single(w, ids, e))[0]) for e in range(w.experts)}
+    if len(texts) == 1:
+        raise Void("all experts write the same text")
+
+
+def _refusal(w: Workings, prompt: Tensor, strategy: str) -> str:
+    try:
+        w.model.generate(prompt[None], torch.ones_like(prompt)[None], strategy=strategy, **_greedy(w))
+    except ValueError as error:
+        return str(error)
+    raise AssertionError(f"strategy {strategy!r} was accepted, but should raise ValueError")
+
+
+def _text_score(w: Workings, prompt: Tensor, text: list[int], expert: int) -> float:
+    ids = torch.cat([prompt.cpu(), torch.tensor(text)])
+    logits = torch.from_numpy(w.reference.logits(ids[None], expert_id=expert)[0])
+    steps = torch.log_softmax(logits, dim=-1)[len(prompt) - 1 : -1]
+    return float(steps.gather(1, ids[len(prompt) :, None]).sum())

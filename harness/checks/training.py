@@ -1,0 +1,166 @@
+"""Laws of training: modes, gradients, gradient checkpointing, compilation, the load-balancing loss.
+
+Rows have one length here, so that no padding takes part. B rows, S tokens, E experts.
+"""
+
+from __future__ import annotations
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from harness.bench import Bench
+from harness.compare import UNIT_ROUNDOFF, as_float64, assert_bitwise, assert_within, dot_bound, twice_the_loop
+from harness.loop import LoopModel
+from harness.oracles import balance
+from harness.outcome import NotApplicable, Void
+from harness.workings import Workings, workings
+
+
+def check_train_eval_modes(bench: Bench) -> None:
+    """Training routes densely, softmax(logits / T); after eval() again everything is bitwise as before.
+
+    Reason: the router has two modes by definition; a mode that sticks, or dropout that ignores eval(), changes every later score.
+    Tolerance: twice the naive loop's error for the weights; none for the way back.
+    """
+    w = workings(bench)
+    w.need_router()
+    model = w.load()
+    before = w.ask(model)
+    model.train()
+    w.ask(model)
+    dense = as_float64(model.last_routing_weights)
+    model.eval()
+    assert_bitwise(w.ask(model), before, what="logits after train() and eval()")
+    if w.reference.router.features == "layer":
+        return
+    want = w.reference.training_weights(w.ids, w.mask)
+    loop = LoopModel(w.reference.artifact, w.dtype).train()
+    w.ask(loop, w.ids.cpu(), w.mask.cpu())
+    bound = twice_the_loop(as_float64(loop.last_routing_weights)[w.valid], want[w.valid], w.dtype)
+    assert_within(dense[w.valid], want[w.valid], bound, what="routing weights while training")
+
+
+def check_gradients_reach_router_and_experts(bench: Bench) -> None:
+    """The loss and its gradients for the router's gate and for the experts are those of the loop in float64; the base gets none.
+
+    Reason: a detached weight trains nothing and reports nothing.
+    Tolerance: twice the error of the naive loop's own gradients in the same dtype.
+    """
+    w = workings(bench)
+    w.need_router()
+    model = w.load()
+    found = _loss_and_gradients(w, model, _ids(w).to(bench.device))
+    exact, loop = _exact_and_loop(w)
+    for name, want in exact.items():
+        bound = twice_the_loop(loop[name], want, w.dtype)
+        effect = None if name == "loss" else want
+        assert_within(found[name], want, bound, effect=effect, what=f"gradient of {name}" if name != "loss" else name)
+    reached = [n for n, p in model.named_parameters() if p.grad is not None and _is_base(n)]
+    if reached:
+        raise AssertionError(f"the frozen base has gradients: {reached[:3]}")
+
+
+def check_gradient_checkpointing_equal(bench: Bench) -> None:
+    """With gradient checkpointing the loss and the gradients are those without.
+
+    Reason: the recomputation runs inside backward(), when the weights of the forward pass may be gone.
+    Tolerance: twice the error of the naive loop's own gradients.
+    """
+    w = workings(bench)
+    w.need_router()
+    model = w.load()
+    w.need_method(model, "gradient_checkpointing_enable")()
+    ids = _ids(w).to(bench.device)
+    found = _loss_and_gradients(w, model, ids)
+    exact, loop = _exact_and_loop(w)
+    for name, want in exact.items():
+        assert_within(found[name], want, twice_the_loop(loop[name], want, w.dtype), what=f"{name}, checkpointed")
+
+
+def check_load_balancing_loss(bench: Bench) -> None:
+    """`aux_loss` is the load-balancing loss that the checkpoint names, of the weights used, padding not counted.
+
+    Reason: a loss over padding rewards a router for what it does with nothing.
+    Tolerance: the dot-product bound of its sums.
+    """
+    w = workings(bench)
+    w.need_router()
+    kind = w.reference.artifact.balance.get("load_balance_loss_type", "mse")
+    with torch.no_grad():
+        output = w.model(w.ids, w.mask, labels=w.ids.masked_fill(w.mask == 0, -100))
+    if getattr(output, "aux_loss", None) is None:
+        raise NotApplicable("the subject returns no aux_loss")
+    weights = as_float64(w.model.last_routing_weights)[w.valid]
+    want = balance.loss(weights, kind)
+    terms = weights.reshape(-1, w.experts).shape[0] + w.experts + 4
+    bound = dot_bound(terms, w.dtype, balance.sensitivity(weights, kind)) + (terms * UNIT_ROUNDOFF[w.dtype]) ** 2
+    assert_within(output.aux_loss, want, bound, effect=want if want else None, what=f"{kind} load-balancing loss")
+
+
+def check_compile_equal(bench: Bench) -> None:
+    """torch.compile changes nothing.
+
+    Reason: dynamo specialises on Python state; a weight stored on a module may be baked into the graph of the first call.
+    Tolerance: twice the naive loop's error for each of the two; the eager backend needs no compiler and captures the same graph.
+    """
+    w = workings(bench)
+    w.need_experts()
+    if not hasattr(torch, "_dynamo") and not hasattr(torch, "compile"):
+        raise NotApplicable("this torch has no torch.compile")
+    model = w.load()
+    torch._dynamo.reset()
+    compiled = torch.compile(model, backend="eager", dynamic=False)
+    for weights in (w.dense, w.dense.roll(1, dims=-1)):
+        got = w.ask(compiled, routing_weights=weights)
+        w.same_logits(got, w.reference.logits(w.ids, w.mask, weights=weights), "compiled logits")
+    torch._dynamo.reset()
+
+
+def _ids(w: Workings) -> Tensor:
+    """Two rows of seven tokens, none of them padding."""
+    return torch.stack([prompt[:7] for prompt in w.bench.prompts[:2]]).cpu()
+
+
+def _loss_and_gradients(w: Workings, model: nn.Module, ids: Tensor) -> dict[str, np.ndarray]:
+    """Of one training step: the loss, and the gradients of the gate and of the first and last routed layer's experts."""
+    model.train()
+    watched = _watched(w, model)
+    for parameter in watched.values():
+        parameter.requires_grad_()
+    model.zero_grad()
+    loss = model(ids, torch.ones_like(ids), labels=ids).loss
+    if not loss.requires_grad:
+        raise AssertionError("the loss depends on neither the router nor the experts")
+    loss.backward()
+    missing = [name for name, parameter in watched.items() if parameter.grad is None]
+    if missing:
+        raise AssertionError(f"no gradient reaches {', '.join(missing[:4])}")
+    return {"loss": as_float64(loss), **{name: as_float64(p.grad) for name, p in watched.items()}}
+
+
+def _watched(w: Workings, model: nn.Module) -> dict[str, nn.Parameter]:
+    layers = w.need_method(model, "routed_layers")()
+    watched = {"gate": model.router.gate.weight}
+    for module in {w.reference.module_names[0]: None, w.reference.module_names[-1]: None}:
+        for name in w.reference.artifact.names:
+            if name in layers[module].lora_A:
+                watched[f"{module} A of {name}"] = layers[module].lora_A[name].weight
+                watched[f"{module} B of {name}"] = layers[module].lora_B[name].weight
+    return watched
+
+
+def _exact_and_loop(w: Workings) -> tuple[dict[str, np.ndarray], dict[str, np.ndarray]]:
+    """The naive loop's training step in float64 and in the working dtype; once per bench."""
+    kept = vars(w).setdefault("_training", {})
+    if not kept:
+        for name, dtype in (("exact", torch.float64), ("loop", w.dtype)):
+            with torch.enable_grad():
+                kept[name] = _loss_and_gradients(w, LoopModel(w.reference.artifact, dtype, "eager"), _ids(w))
+        if all(np.abs(gradient).max() == 0 for name, gradient in kept["exact"].items() if name == "gate"):
+            raise Void("the gate's gradient is zero for this checkpoint")
+    return kept["exact"], kept["loop"]
+
+
+def _is_base(name: str) -> bool:
+    return "lora_" not in name and "router" not in name and "gate." not in name

@@ -1,0 +1,223 @@
+"""What several checks need of one bench, worked out once: inputs, the subject's and the reference's answers, bounds, stock PEFT.
+
+B rows, S tokens, E experts, V vocabulary.
+"""
+
+from __future__ import annotations
+
+import inspect
+import tempfile
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
+from functools import cached_property
+from pathlib import Path
+
+import numpy as np
+import torch
+from peft import PeftModel
+from torch import Tensor, nn
+from transformers.pytorch_utils import Conv1D
+
+from harness.artifact import Adapter, Gate, load_base
+from harness.bench import Bench
+from harness.compare import as_float64, assert_within, twice_the_loop
+from harness.loop import LoopModel
+from harness.outcome import NotApplicable, Void
+from harness.reference import Reference
+from harness.variants import write_variant
+
+# A token whose router logits are closer to a tie than this many times the naive loop's own error may rightly go either
+# way; it and what follows it in its row are set aside wherever the router decides.
+TIE_FACTOR = 100.0
+
+
+class Workings:
+    """See the module. Laws are judged in float32 or wider: half precision has laws of its own."""
+
+    def __init__(self, bench: Bench) -> None:
+        self.bench = bench
+        self.reference: Reference = bench.reference
+        self._temporary: list[tempfile.TemporaryDirectory] = []
+        self._peft: dict[int, PeftModel] = {}
+
+    # What is asked
+
+    @cached_property
+    def ids(self) -> Tensor:
+        return self.bench.batch("left")[0]
+
+    @cached_property
+    def mask(self) -> Tensor:
+        return self.bench.batch("left")[1]
+
+    @cached_property
+    def valid(self) -> np.ndarray:
+        """(B, S): where there is a token."""
+        return self.mask.cpu().numpy().astype(bool)
+
+    @cached_property
+    def dense(self) -> Tensor:
+        """Random weights with every expert at work, (B, S, E), rows summing to 1 up to rounding, exact in float32."""
+        weights = self.bench.rng(2).dirichlet(np.ones(self.experts), size=tuple(self.ids.shape))
+        return torch.from_numpy(weights.astype(np.float32)).to(self.bench.device)
+
+    # Who answers
+
+    @cached_property
+    def model(self) -> nn.Module:
+        """The subject's shared model, in float32 where the checkpoint is narrower. Leave it as you found it."""
+        return self.bench.model if self.bench.dtype in (torch.float32, torch.float64) else self.load(dtype="float32")
+
+    @cached_property
+    def dtype(self) -> torch.dtype:
+        return next(p.dtype for p in self.model.parameters() if p.is_floating_point())
+
+    @property
+    def experts(self) -> int:
+        return self.reference.num_experts
+
+    @cached_property
+    def naive(self) -> LoopModel:
+        return LoopModel(self.reference.artifact, self.dtype)
+
+    def load(self, checkpoint: Path | None = None, dtype: str | None = None) -> nn.Module:
+        """Another load by the subject, of this checkpoint or of another one, in eval mode."""
+        bench = self.bench
+        options = {"base_model": bench.base_model, "device": bench.device, "dtype": dtype or self._dtype_name}
+        if checkpoint is None and bench.assume:
+            options["assume"] = dict(bench.assume)
+        return bench.subject.load(checkpoint or bench.checkpoint, **options).eval()
+
+    @property
+    def _dtype_name(self) -> str:
+        return "float64" if self.bench.dtype == torch.float64 else "float32"
+
+    def peft(self, expert: int) -> PeftModel:
+        """Stock PEFT with this expert alone, from the checkpoint's own files."""
+        directory = self.reference.artifact.adapter_directories[expert]
+        if directory is None:
+            raise NotApplicable("this layout has no directory that stock PEFT can load")
+        if expert not in self._peft:
+            base = load_base(self.reference.artifact, self.dtype).to(self.bench.device)
+            self._peft[expert] = PeftModel.from_pretrained(base, directory).eval()
+        return self._peft[expert]
+
+    def variant(self, experts: Sequence[Mapping[str, Adapter]] | None = None, gate: Gate | None | str = "as it is") -> Path:
+        """A copy of the checkpoint in the native layout, with other experts or another gate; deleted when the judge ends."""
+        artifact = self.reference.artifact
+        layers = self.reference.model.routed_layers().values()
+        self._temporary.append(tempfile.TemporaryDirectory(prefix="variant-"))
+        return write_variant(
+            Path(self._temporary[-1].name),
+            artifact,
+            experts=artifact.experts if experts is None else experts,
+            gate=artifact.gate if isinstance(gate, str) else gate,
+            transposed=any(isinstance(layer.base_layer, Conv1D) for layer in layers),
+        )
+
+    # Answers
+
+    @torch.no_grad()
+    def ask(self, model: nn.Module, ids: Tensor | None = None, mask: Tensor | None = None, **routing: object) -> Tensor:
+        """The model's logits, (B, S, V), for these or for the usual inputs."""
+        if ids is None:
+            ids, mask = self.ids, self.mask
+        return model(ids, mask, **routing).logits
+
+    @cached_property
+    def subject_logits(self) -> Tensor:
+        return self.ask(self.model)
+
+    @cached_property
+    def reference_logits(self) -> np.ndarray:
+        return self.reference.logits(self.ids, self.mask)
+
+    @cached_property
+    def effect(self) -> float:
+        """How far the experts move the logits, at most."""
+        given = self.reference.logits(self.ids, self.mask, weights=self.dense)
+        return float(np.abs(given - self.reference.base_logits(self.ids, self.mask))[self.valid].max())
+
+    # What is allowed
+
+    @cached_property
+    def bound(self) -> float:
+        """How far logits may be from the reference: twice the naive loop's own largest error, on weights given from outside."""
+        loop = as_float64(self.ask(self.naive, self.ids.cpu(), self.mask.cpu(), routing_weights=self.dense.cpu()))
+        exact = self.reference.logits(self.ids, self.mask, weights=self.dense)
+        return twice_the_loop(loop[self.valid], exact[self.valid], self.dtype)
+
+    @cached_property
+    def decided(self) -> np.ndarray:
+        """(B, S): tokens whose routing, and that of every token before them, is no near tie. Everywhere without a router."""
+        if self.reference.router is None:
+            return self.valid
+        near = self.near_tie(self.ids, self.mask)
+        decided = self.valid & ~np.logical_or.accumulate(near & self.valid, axis=1)
+        self.bench.evidence(tokens=int(self.valid.sum()), tokens_set_aside_as_near_ties=int((self.valid & ~decided).sum()))
+        if not decided.any():
+            raise Void("every token's routing is a near tie")
+        return decided
+
+    def near_tie(self, ids: Tensor, mask: Tensor | None) -> np.ndarray:
+        """(B, S): tokens whose choice of experts rounding could change."""
+        return self.reference.router_margin(ids, mask) < TIE_FACTOR * self.router_error
+
+    @cached_property
+    def router_error(self) -> float:
+        """Largest error of the naive loop's router logits."""
+        seen: list[Tensor] = []
+        gate = self.naive.router.gate
+        handle = gate.register_forward_hook(lambda module, inputs, output: seen.append(output))
+        self.ask(self.naive, self.ids.cpu(), self.mask.cpu())
+        handle.remove()
+        got = as_float64(torch.stack(seen, dim=2))
+        errors = np.abs(got - self.reference.router_logits(self.ids, self.mask))[self.valid]
+        return float(np.median(errors.max(axis=(1, 2)))) if errors.size else 0.0
+
+    def same_logits(self, got: Tensor, want: object, what: str, *, twice: bool = False, where: np.ndarray | None = None) -> None:
+        """Logits against the reference, or, with `twice`, of two answers that may each be off by the bound."""
+        __tracebackhide__ = True
+        where = self.valid if where is None else where
+        bound = self.bound * (2 if twice else 1)
+        assert_within(as_float64(got)[where], as_float64(want)[where], bound, effect=self.effect, what=what)
+
+    # What is needed
+
+    def need_experts(self, at_least: int = 1) -> None:
+        if self.experts < at_least:
+            raise NotApplicable(f"the checkpoint has {self.experts} experts, the law is about {at_least} or more")
+
+    def need_router(self) -> None:
+        self.need_experts()
+        if self.reference.router is None:
+            raise NotApplicable("the checkpoint has no router")
+
+    def need_method(self, owner: object, name: str) -> Callable:
+        """The attribute `name`, or NotApplicable: a subject need not offer everything."""
+        found = getattr(owner, name, None)
+        if not callable(found):
+            raise NotApplicable(f"the subject has no {name}")
+        return found
+
+    def need_option(self, function: Callable, name: str) -> None:
+        parameters = inspect.signature(function).parameters
+        if name not in parameters and not any(p.kind is p.VAR_KEYWORD for p in parameters.values()):
+            raise NotApplicable(f"the subject's {getattr(function, '__name__', 'function')} has no option {name}")
+
+    def permuted_gate(self, order: Sequence[int]) -> Gate | None:
+        """The gate with its experts in another order."""
+        gate = self.reference.router
+        if gate is None:
+            return None
+        return replace(gate, weight=gate.weight[list(order)], bias=None if gate.bias is None else gate.bias[list(order)])
+
+
+def workings(bench: Bench) -> Workings:
+    """The one Workings of a bench, kept on it."""
+    return vars(bench).setdefault("_workings", None) or _start(bench)
+
+
+def _start(bench: Bench) -> Workings:
+    bench._workings = Workings(bench)
+    return bench._workings
