@@ -8,10 +8,12 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
 
+from harness.gate import Gate, load_gate
 from harness.outcome import NotApplicable
 
 # Prime and all different, so that a swapped or padded axis cannot pass unnoticed.
@@ -30,6 +32,8 @@ class Bench:
         load_dtype: the dtype asked for on the command line, or None for the checkpoint's own.
         assume: what the user stated because no file records it: any of lora_alpha, top_k, temperature, router_features.
         seed: of every random choice made by the checks.
+        gate: thresholds for the checks whose limit is not arithmetic.
+        kept: what a check computed that another check of the same checkpoint can use again.
     """
 
     checkpoint: Path
@@ -39,6 +43,8 @@ class Bench:
     load_dtype: str | None = None
     assume: Mapping[str, object] = field(default_factory=dict)
     seed: int = 0
+    gate: Gate = field(default_factory=load_gate)
+    kept: dict[str, Any] = field(default_factory=dict, repr=False)
     _facts: dict[str, object] = field(default_factory=dict, repr=False)
 
     @cached_property

@@ -1,4 +1,4 @@
-"""A checkpoint's identity: one hash of everything in it that was trained or chosen, wherever it and its base model lie on disk."""
+"""A checkpoint's identity: one hash of everything in it that was trained or chosen, wherever it lies on disk."""
 
 from __future__ import annotations
 

@@ -1,0 +1,93 @@
+"""What the command judges when it is given no checkpoint: specimens that between them meet every kind of routing and
+architecture.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from transformers import LlamaConfig, LlamaForCausalLM
+
+from harness.specimens import write_base, write_checkpoint
+
+MEASURED = ("speed.*", "memory.*")
+
+
+@dataclass(frozen=True)
+class Exhibit:
+    """One thing to judge. `write` makes it in an empty directory and returns the checkpoint; `checks` are globs of ids, `without`
+    too.
+    """
+
+    name: str
+    write: Callable[[Path], Path]
+    checks: tuple[str, ...] = ("*",)
+    without: tuple[str, ...] = ()
+
+
+def _llama_base_features(directory: Path) -> Path:
+    base = write_base(directory / "base", "llama")
+    return write_checkpoint(directory / "moe", base, num_experts=4, features="base")
+
+
+def _gemma_bfloat16(directory: Path) -> Path:
+    base = write_base(directory / "base", "gemma", dtype="bfloat16")
+    options = {"features": "embedding", "targets": "all-linear", "dtype": "bfloat16"}
+    return write_checkpoint(directory / "moe", base, num_experts=2, **options)
+
+
+def _gpt2_rank_stabilised(directory: Path) -> Path:
+    base = write_base(directory / "base", "gpt2")
+    return write_checkpoint(directory / "moe", base, num_experts=8, features="all_experts", use_rslora=True, top_k=2)
+
+
+def _qwen_twelve_experts(directory: Path) -> Path:
+    """More than ten experts: names sorted as text put expert_10 before expert_2."""
+    base = write_base(directory / "base", "qwen")
+    return write_checkpoint(directory / "moe", base, num_experts=12, features="layer", targets="all-linear", top_k=3)
+
+
+def _single_expert_without_router(directory: Path) -> Path:
+    base = write_base(directory / "base", "llama", seed=1)
+    return write_checkpoint(directory / "moe", base, num_experts=1, router=False)
+
+
+def _large_enough_to_time(directory: Path) -> Path:
+    """Hidden 384, 4 layers, 8 experts: 0.9 GFLOP per 128 tokens, so that arithmetic and not Python decides the times."""
+    write_timing_base(directory / "base")
+    options = {"targets": "all-linear", "ranks": (8, 16), "alphas": (16, 32)}
+    return write_checkpoint(directory / "moe", directory / "base", num_experts=8, features="base", **options)
+
+
+def write_timing_base(directory: Path, *, hidden_size: int = 384, layers: int = 4) -> Path:
+    """A Llama for timing: random weights, no tokenizer. The draw may differ between releases of torch; nothing depends on it."""
+    config = LlamaConfig(
+        hidden_size=hidden_size,
+        intermediate_size=hidden_size * 8 // 3,
+        num_hidden_layers=layers,
+        num_attention_heads=hidden_size // 64,
+        num_key_value_heads=hidden_size // 64,
+        vocab_size=512,
+        max_position_embeddings=2048,
+        tie_word_embeddings=False,
+        bos_token_id=1,
+        eos_token_id=None,
+        pad_token_id=0,
+    )
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        LlamaForCausalLM(config).save_pretrained(directory)
+    return directory
+
+
+BUILT_IN = (
+    Exhibit("llama, 4 experts, base features", _llama_base_features, without=MEASURED),
+    Exhibit("gemma, 2 experts, bfloat16, embedding features, all linear", _gemma_bfloat16, without=MEASURED),
+    Exhibit("gpt2, 8 experts, mixed ranks, rsLoRA, top-2", _gpt2_rank_stabilised, without=MEASURED),
+    Exhibit("qwen, 12 experts, a router decision per layer, top-3", _qwen_twelve_experts, without=MEASURED),
+    Exhibit("llama, 1 expert, no router", _single_expert_without_router, without=MEASURED),
+    Exhibit("llama, 8 experts, large enough to time", _large_enough_to_time, checks=MEASURED),
+)

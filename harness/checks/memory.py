@@ -1,0 +1,73 @@
+"""Laws of memory: the peak of live tensor bytes, counted, not the process's size."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import torch
+
+from harness.bench import Bench
+from harness.compare import Mismatch, assert_within
+from harness.measure import peak_bytes, retained_bytes
+from harness.outcome import NotApplicable
+
+TOKENS = 64
+SMALLEST_HIDDEN = 128
+
+
+def check_forward_peak(bench: Bench) -> None:
+    """A routed pass needs hardly more memory than a pass with one expert alone.
+
+    Reason: users were promised at most 10 % more; an implementation that holds every expert's output at once breaks that
+    silently. Tolerance: peak_memory_ratio, on counted bytes; not below hidden size 128, where the ranks are not small beside it.
+    """
+    hidden = bench.model.config.hidden_size
+    if hidden < SMALLEST_HIDDEN:
+        raise NotApplicable(
+            f"hidden size {hidden}: ranks are not small beside it, so the promise of low-rank memory does not apply"
+        )
+    routed = peak_bytes(_routed_pass(bench), bench.device)
+    single = peak_bytes(_single_pass(bench), bench.device)
+    ratio, limit = routed / single, bench.gate.threshold("peak_memory_ratio")
+    bench.evidence(ratios={"routed/one expert peak bytes": {"ratio": ratio, "limit": limit, "kind": "count"}}, bytes=routed)
+    if not ratio <= limit:
+        raise Mismatch(f"peak of a routed pass: {routed} bytes, {ratio:.3f} times one expert's {single}, allowed {limit:g} times")
+
+
+def check_no_leak(bench: Bench) -> None:
+    """Repeated calls keep no more memory than the first.
+
+    Reason: state kept between calls (recorded weights, hooks, caches) ends in an out-of-memory error hours into an evaluation.
+    Tolerance: leaked_bytes per call, on counted bytes of live tensors.
+    """
+    retained = retained_bytes(_routed_pass(bench), bench.device)
+    growth = max(later - earlier for earlier, later in zip(retained, retained[1:], strict=False))
+    bench.evidence(retained_bytes=retained)
+    assert_within(max(growth, 0), 0, bench.gate.threshold("leaked_bytes"), what="bytes kept by each further call")
+
+
+def _routed_pass(bench: Bench) -> Callable[[], None]:
+    """The router decides; where the checkpoint has none, the weights are uniform (1, 1, E)."""
+    ids, weights = _ids(bench), None
+    if bench.router is None:
+        weights = torch.full((1, 1, bench.num_experts), 1 / bench.num_experts, device=bench.device)
+
+    @torch.inference_mode()
+    def work() -> None:
+        bench.model(ids, routing_weights=weights)
+
+    return work
+
+
+def _single_pass(bench: Bench) -> Callable[[], None]:
+    ids = _ids(bench)
+
+    @torch.inference_mode()
+    def work() -> None:
+        bench.model(ids, expert_id=0)
+
+    return work
+
+
+def _ids(bench: Bench) -> torch.Tensor:
+    return torch.as_tensor(bench.rng(8).integers(2, bench.vocab_size, size=(1, TOKENS)), device=bench.device)

@@ -1,0 +1,202 @@
+"""Laws of speed: work is counted and compared with what the shapes demand; time is measured as paired, interleaved ratios.
+
+T tokens of one row, E experts, H hidden size.
+"""
+
+from __future__ import annotations
+
+import inspect
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from harness.artifact import load_base
+from harness.bench import Bench
+from harness.compare import assert_within
+from harness.measure import PairedTimer, assert_ratio_at_most, counted_flops
+from harness.outcome import NotApplicable
+
+# Features that need a pass of the base model of their own before the routed one.
+TWO_PASS_FEATURES = ("base", "all_experts")
+LONGEST = 192
+NEW_TOKENS = 24
+
+
+def check_single_pass_work(bench: Bench) -> None:
+    """One routed pass does the work of the base pass, the experts' products and the gate, and no more.
+
+    Reason: a mixture in one pass is what makes E experts affordable; E passes do E times this work.
+    Tolerance: counted operations against the count that the shapes demand, times work_slack.
+    """
+    case = _case(bench)
+    limit = case.work_limit()
+    got = counted_flops(case.routed)
+    bench.evidence(
+        ratios={"routed/base work": {"ratio": got / case.base_flops, "kind": "count"}},
+        limit=limit / case.base_flops,
+        tokens=case.ids.shape[1],
+    )
+    _at_most(got, limit * bench.gate.threshold("work_slack"), "operations of the routed pass")
+
+
+def check_single_pass_time(bench: Bench) -> None:
+    """One routed pass takes the base pass's time times its work, up to a factor.
+
+    Reason: the work limit is worth nothing when Python, copies or a loop over experts take the time.
+    Tolerance: the work ratio that the shapes demand, times time_over_work; only for a pass of at least smallest_timed_gflop.
+    """
+    case = _timed_case(bench)
+    limit = case.work_limit() / case.base_flops * bench.gate.threshold("time_over_work")
+    timer = PairedTimer(case.routed, case.base_pass, device=bench.device, seed=bench.seed)
+    found = assert_ratio_at_most(timer, limit, what="time of the routed pass over the base pass")
+    bench.evidence(ratios={"routed/base time": {**found.evidence(), "limit": limit, "kind": "time"}})
+
+
+def check_faster_than_multi_pass(bench: Bench) -> None:
+    """One routed pass is faster than one pass per expert and one for the router, by what its work promises, up to a factor.
+
+    Reason: multi-pass mixing, the first generation's design, is what users compare with.
+    Tolerance: routed work over (experts + 1) base passes, times time_over_work, never above 1; only where that promises anything.
+    """
+    case = _timed_case(bench)
+    promised = case.work_limit() / ((bench.num_experts + 1) * case.base_flops)
+    if promised * bench.gate.threshold("time_over_work") > 1.0:
+        raise NotApplicable(
+            f"with {bench.num_experts} experts a routed pass is {promised:.2f} of multi-pass work: no promise to keep"
+        )
+    timer = PairedTimer(case.routed, case.multi_pass, device=bench.device, seed=bench.seed)
+    limit = promised * bench.gate.threshold("time_over_work")
+    found = assert_ratio_at_most(timer, limit, what="time of the routed pass over multi-pass")
+    bench.evidence(ratios={"routed/multi-pass time": {**found.evidence(), "limit": limit, "kind": "time"}})
+
+
+def check_cached_generation_work(bench: Bench) -> None:
+    """Generating n tokens does the work of prefill and n single-token steps per pass, not of n whole prefixes.
+
+    Reason: a router that needs features of the whole prompt tempts implementations to recompute it for every token.
+    Tolerance: the base model's counted operations with its cache, times passes and experts, times decode_work_slack.
+    """
+    case = _cached_case(bench)
+    base = counted_flops(case.base_generation)
+    limit = base * case.work_limit() / case.base_flops * bench.gate.threshold("decode_work_slack")
+    got = counted_flops(case.generation)
+    bench.evidence(ratios={"generation routed/base work": {"ratio": got / base, "limit": limit / base, "kind": "count"}})
+    _at_most(got, limit, f"operations of generating {NEW_TOKENS} tokens")
+
+
+def check_cached_generation_time(bench: Bench) -> None:
+    """Generating with caches beats recomputing every prefix.
+
+    Reason: a cache that is kept but not used, or copied at every step, does not show in the operations.
+    Tolerance: decode_time_over_recompute; only for a pass of at least smallest_timed_gflop.
+    """
+    case = _cached_case(_timed_case(bench).bench)
+    limit = bench.gate.threshold("decode_time_over_recompute")
+    timer = PairedTimer(case.generation, case.recomputed_generation, device=bench.device, seed=bench.seed)
+    found = assert_ratio_at_most(timer, limit, what="time of generation over recomputing every prefix", most_pairs=14)
+    bench.evidence(ratios={"generation/recompute time": {**found.evidence(), "limit": limit, "kind": "time"}})
+
+
+@dataclass(frozen=True)
+class Case:
+    """Everything that is timed or counted; ids (1, T) and the base model alone, in the subject's dtype, through transformers."""
+
+    bench: Bench
+    base: nn.Module
+    ids: Tensor
+    base_flops: int
+
+    @torch.inference_mode()
+    def base_pass(self) -> None:
+        self.base(self.ids, use_cache=False)
+
+    @torch.inference_mode()
+    def routed(self, ids: Tensor | None = None) -> None:
+        self.bench.model(self.ids if ids is None else ids, **self.weights())
+
+    @torch.inference_mode()
+    def multi_pass(self) -> None:
+        for expert in range(self.bench.num_experts):
+            self.bench.model(self.ids, expert_id=expert)
+        self.base_pass()
+
+    @property
+    def prompt(self) -> Tensor:
+        return self.ids[:, :-NEW_TOKENS]
+
+    @torch.inference_mode()
+    def generation(self) -> None:
+        weights = {name: value[:, 0] for name, value in self.weights().items()}
+        self.bench.model.generate(self.prompt, torch.ones_like(self.prompt), **weights, **_greedy())
+
+    @torch.inference_mode()
+    def base_generation(self) -> None:
+        self.base.generate(self.prompt, attention_mask=torch.ones_like(self.prompt), **_greedy())
+
+    @torch.inference_mode()
+    def recomputed_generation(self) -> None:
+        for length in range(self.prompt.shape[1], self.ids.shape[1]):
+            self.routed(self.ids[:, :length])
+
+    def weights(self) -> dict[str, Tensor]:
+        """Uniform weights (1, 1, E) where the checkpoint has no router to choose them."""
+        if self.bench.router is not None:
+            return {}
+        return {
+            "routing_weights": torch.full((1, 1, self.bench.num_experts), 1 / self.bench.num_experts, device=self.bench.device)
+        }
+
+    def work_limit(self) -> float:
+        """Operations that the shapes demand of a routed pass: base, 2 T r (I + O) per adapter, the gate, the gate's features."""
+        tokens, hidden = self.ids.shape[1], self.base.config.hidden_size
+        adapters = [adapter for expert in self.bench.experts for adapter in expert.values()]
+        experts = sum(2 * tokens * (adapter.lora_A.size + adapter.lora_B.size) for adapter in adapters)
+        router = self.bench.router
+        if router is None:
+            return self.base_flops + experts
+        decisions = len(self.bench.model.routed_layers()) if router.features == "layer" else 1
+        gate = 2 * tokens * hidden * self.bench.num_experts * decisions
+        head = 2 * tokens * self.base.config.vocab_size * hidden
+        features = self.base_flops - head if router.features in TWO_PASS_FEATURES else 0
+        features += experts if router.features == "all_experts" else 0
+        return self.base_flops + experts + gate + features
+
+
+def _case(bench: Bench) -> Case:
+    """The case of this bench, kept for the next check; as many tokens, at most 192, as a pass worth timing needs."""
+    if "speed case" not in bench.kept:
+        base = load_base(bench.reference.artifact, bench.dtype).to(bench.device)
+        per_token = 2 * sum(p.numel() for p in base.parameters())
+        wanted = int(2e9 / per_token)
+        tokens = max(2 * NEW_TOKENS, min(LONGEST, wanted))
+        ids = torch.as_tensor(bench.rng(7).integers(2, bench.vocab_size, size=(1, tokens)), device=bench.device)
+        flops = counted_flops(Case(bench, base, ids, 0).base_pass)
+        bench.kept["speed case"] = Case(bench, base, ids, flops)
+    return bench.kept["speed case"]
+
+
+def _timed_case(bench: Bench) -> Case:
+    case = _case(bench)
+    smallest = bench.gate.threshold("smallest_timed_gflop")
+    if case.base_flops < smallest * 1e9:
+        raise NotApplicable(
+            f"a base pass is {case.base_flops / 1e9:.2g} GFLOP, under {smallest:g}: Python would be timed, not arithmetic"
+        )
+    return case
+
+
+def _cached_case(bench: Bench) -> Case:
+    case = _case(bench)
+    if "past_key_values" not in inspect.signature(type(bench.model).forward).parameters:
+        raise NotApplicable(f"{type(bench.model).__name__}.forward takes no past_key_values: it promises no cache")
+    return case
+
+
+def _greedy() -> dict[str, Any]:
+    return {"max_new_tokens": NEW_TOKENS, "min_new_tokens": NEW_TOKENS, "do_sample": False, "pad_token_id": 0}
+
+
+def _at_most(got: float, limit: float, what: str) -> None:
+    assert_within(max(got - limit, 0.0), 0.0, 0.0, what=f"{what}, {got:.4g} where {limit:.4g} are allowed: excess")
