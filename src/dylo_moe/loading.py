@@ -9,11 +9,11 @@ from typing import Any
 
 import torch
 from peft import LoraConfig, PeftModel, get_peft_model
-from transformers import AutoConfig, AutoModelForCausalLM, PretrainedConfig, PreTrainedModel
+from transformers import CONFIG_MAPPING, AutoConfig, AutoModelForCausalLM, PretrainedConfig, PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
 from dylo_moe.config import MoELoraConfig
-from dylo_moe.errors import ShapeMismatch
+from dylo_moe.errors import InvalidField, ShapeMismatch
 from dylo_moe.formats import Checkpoint, Expert, read_checkpoint
 from dylo_moe.formats.base import check_experts_fit_base, read_base, resolve_base
 from dylo_moe.model import DyLoRA_MoE, attach_router
@@ -114,13 +114,13 @@ def _from_directory(path: str | Path, fields: Mapping[str, Any], options: dict[s
     """A local base. Its configuration is built from the validated fields, so that none of them can name code or a kernel."""
     if options["trust_remote_code"]:
         return AutoModelForCausalLM.from_pretrained(path, local_files_only=True, **options)
-    return AutoModelForCausalLM.from_pretrained(path, config=_as_config(fields), local_files_only=True, **options)
+    return AutoModelForCausalLM.from_pretrained(path, config=_as_config(fields, path), local_files_only=True, **options)
 
 
 def _from_state(checkpoint: Checkpoint, given: str | None, options: dict[str, Any]) -> PreTrainedModel:
     """A base whose weights are in the checkpoint itself; only its configuration may come from elsewhere."""
     if checkpoint.base_config is not None:
-        config = _as_config(checkpoint.base_config)
+        config = _as_config(checkpoint.base_config, checkpoint.path)
     else:
         config = AutoConfig.from_pretrained(resolve_base(checkpoint.base_model, given, checkpoint=checkpoint.path))
     state = checkpoint.base_state
@@ -138,9 +138,14 @@ def _from_state(checkpoint: Checkpoint, given: str | None, options: dict[str, An
     return model
 
 
-def _as_config(fields: Mapping[str, Any]) -> PretrainedConfig:
+def _as_config(fields: Mapping[str, Any], path: str | Path) -> PretrainedConfig:
     values = {name: value for name, value in fields.items() if not name.startswith("_") and name != "auto_map"}
-    return AutoConfig.for_model(values.pop("model_type"), **values)
+    # Upstream marks a merged model as "dylora-moe" beside the base's type, in either of these fields.
+    marked = [fields.get("model_type"), fields.get("_dylora_original_type")]
+    model_type = next((name for name in marked if isinstance(name, str) and name in CONFIG_MAPPING), None)
+    if model_type is None:
+        raise InvalidField(path, "model_type", found=repr(marked[0]), expected="a model type that transformers knows")
+    return AutoConfig.for_model(model_type, **{name: value for name, value in values.items() if name != "model_type"})
 
 
 def _lora_config(expert: Expert, *, fan_in_fan_out: bool) -> LoraConfig:
