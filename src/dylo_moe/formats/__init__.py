@@ -9,6 +9,8 @@ from pathlib import Path
 
 from dylo_moe.errors import HashMismatch
 from dylo_moe.formats import dylora, native, peft_lora
+from dylo_moe.formats.adapter import check_same_sizes
+from dylo_moe.formats.base import check_experts_fit_base, resolve_base
 from dylo_moe.formats.checkpoint import ROUTER_FEATURES, Checkpoint, Expert, LoraPair, RouterState
 from dylo_moe.formats.detect import BUNDLE, BUNDLE_FILE, FORMATS, FULL_STATE, detect
 from dylo_moe.formats.dylora_bundle import read_bundle
@@ -25,9 +27,11 @@ __all__ = [
     "Expert",
     "LoraPair",
     "RouterState",
+    "check_experts_fit_base",
     "combined_hash",
     "detect_model_format",
     "read_checkpoint",
+    "resolve_base",
     "write_native",
 ]
 
@@ -68,6 +72,7 @@ def read_checkpoint(
     files = CheckpointFiles(_root(path), pinned)
     options = ReadOptions(lora_alpha, top_k, temperature, router_features)
     checkpoint = _read(files, detect(files, path), path, options)
+    check_same_sizes(checkpoint.experts, path)
     files.check_all_expected_read()
     if isinstance(expect_hash, str) and combined_hash(files.hashes) != expect_hash.lower():
         raise HashMismatch(path, "combined sha256", found=combined_hash(files.hashes), expected=expect_hash)

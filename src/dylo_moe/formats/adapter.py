@@ -182,6 +182,19 @@ def check_finite(tensors: Mapping[str, Tensor], file: Path) -> None:
             raise NonFiniteTensor(file, key, found=f"{count} values that are NaN or infinite", expected="finite values")
 
 
+def check_same_sizes(experts: Iterable[Expert], path: Path) -> None:
+    """Raises ShapeMismatch when two experts adapt one module with different sizes: they belong to different base models."""
+    seen: dict[str, tuple[str, tuple[int, int]]] = {}
+    for expert in experts:
+        for module, pair in expert.modules.items():
+            sizes = (pair.lora_A.shape[1], pair.lora_B.shape[0])
+            first, wanted = seen.setdefault(module, (expert.name, sizes))
+            if sizes != wanted:
+                found = f"from {sizes[0]} to {sizes[1]}"
+                expected = f"from {wanted[0]} to {wanted[1]}, as in {first}"
+                raise ShapeMismatch(path, f"{expert.name}: {module}", found=found, expected=expected)
+
+
 def one_base_model(configs: Iterable[AdapterConfig]) -> str | None:
     """The base model that the adapters record; InvalidField when two of them record different ones."""
     recorded = [(config.base_model, config.file) for config in configs if config.base_model is not None]

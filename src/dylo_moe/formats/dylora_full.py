@@ -32,7 +32,8 @@ from dylo_moe.formats.adapter import (
     pair_up,
 )
 from dylo_moe.formats.adapter_config import AdapterConfig
-from dylo_moe.formats.checkpoint import Checkpoint, Expert
+from dylo_moe.formats.base import BaseModel, check_config, check_fit, check_headers
+from dylo_moe.formats.checkpoint import Checkpoint, Expert, RouterState
 from dylo_moe.formats.dylora import with_own_targets
 from dylo_moe.formats.dylora_config import DyloraConfig, adapter_config, read_dylora_config
 from dylo_moe.formats.files import CheckpointFiles
@@ -148,16 +149,31 @@ def assemble(  # noqa: PLR0913  (each is a different thing, and they meet only h
     gate = _with_recorded_settings(files, gate)
     base_state = {name: tensors[key] for key, name in state.base.items()}
     check_finite(base_state, state.file)
+    experts, router = _experts(state, tensors, adapter), router_state(files, gate, count, options)
+    _check_base(config, state.file, base_state, (experts, router))
     return Checkpoint(
         path=files.root,
         format=FORMAT,
         base_model=config.base_model,
-        experts=_experts(state, tensors, adapter),
-        router=router_state(files, gate, count, options),
+        experts=experts,
+        router=router,
         base_config=config.base_config,
         base_state=base_state,
         tokenizer=tokenizer_directory(files.root),
     )
+
+
+def _check_base(
+    config: DyloraConfig, file: Path, base_state: Mapping[str, Tensor], parts: tuple[tuple[Expert, ...], RouterState]
+) -> None:
+    """Experts, router and base weights of the one file against each other, and against config.json where it says enough."""
+    described = config.base_config or {}
+    if "model_type" in described:
+        check_config(described, config.file)
+    shapes = {name: tuple(tensor.shape) for name, tensor in base_state.items()}
+    base = BaseModel(file, described, shapes)
+    check_headers(base, config.file)
+    check_fit(base, *parts)
 
 
 def _experts(state: FullState, tensors: Mapping[str, Tensor], adapter: AdapterConfig) -> tuple[Expert, ...]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dylo_moe.formats.adapter import check_finite
+from dylo_moe.formats.base import read_base
 from dylo_moe.formats.checkpoint import Checkpoint
 from dylo_moe.formats.dylora_config import is_dylora_config
 from dylo_moe.formats.files import CheckpointFiles
@@ -20,6 +21,8 @@ def read_merged(files: CheckpointFiles, options: ReadOptions) -> Checkpoint:
         CheckpointError: any of its subclasses, naming file and field.
     """
     config = files.read_json(files.root / "config.json")
+    for text in read_base(files.root).warnings:
+        files.warn(text)
     weights = find_weights(files, files.root)
     files.convert(weights.paths if weights.is_pickled else ())
     for path in weights.paths:
