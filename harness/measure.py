@@ -173,7 +173,8 @@ def counted_flops(work: Work) -> int:
 
 
 def peak_bytes(work: Work, device: str = "cpu") -> int:
-    """Peak of live bytes allocated by `work` above what was live before it; the result is not kept."""
+    """Peak of live bytes allocated by `work` above what was live before it, in its second call: the first may fill caches."""
+    work()
     gc.collect()
     if device == "cuda":
         torch.cuda.synchronize()
