@@ -15,9 +15,9 @@ def blocks() -> list[str]:
     return re.findall(r"```python\n(.*?)```", DOCUMENT.read_text(), flags=re.DOTALL)
 
 
-def test_every_finding_is_reproduced():
+def test_every_finding_is_reproduced(tmp_path):
     code = "\n".join(blocks())
-    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, timeout=300, check=False)
+    done = subprocess.run([sys.executable, "-c", code], cwd=tmp_path, capture_output=True, text=True, timeout=300, check=False)
     assert done.returncode == 0, done.stderr[-2000:]
 
 

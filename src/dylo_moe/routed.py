@@ -127,7 +127,7 @@ class RoutedLinear(LoraLinear):
         self._check_shapes(x, weights)
         dtype = self.lora_A[experts[0][1]].weight.dtype
         # Weights times scalings in at least float32: they multiply the small (B, S, R) tensor, so precision is cheap here.
-        weights = weights.to(torch.promote_types(weights.dtype, torch.float32))
+        weights = weights.to(x.device, torch.promote_types(weights.dtype, torch.float32))
         columns, scales = self._stacked_rows(experts, weights)
         hidden = self._shrink(self._cast_input_dtype(x, dtype), [name for _, name in experts])  # (B, S, R)
         hidden = (hidden * (weights.index_select(-1, columns) * scales)).to(dtype)

@@ -104,8 +104,7 @@ def test_routed_pass_needs_no_more_memory_than_its_experts_and_their_activations
 
 def test_the_judge_passes_on_the_gpu(checkpoint, tmp_path):
     command = [sys.executable, "-m", "harness.cli", "--checkpoint", str(checkpoint), "--device", "cuda"]
-    done = subprocess.run(
-        [*command, "--json", str(tmp_path / "verdict.json")], capture_output=True, text=True, cwd=tmp_path, timeout=900, check=False
-    )
+    command += ["--json", str(tmp_path / "verdict.json")]
+    done = subprocess.run(command, capture_output=True, text=True, cwd=tmp_path, timeout=900, check=False)
     assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]
     assert json.loads((tmp_path / "verdict.json").read_text())["exit_code"] == 0
