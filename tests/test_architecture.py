@@ -68,13 +68,18 @@ def imports_of(path: Path, module: str) -> set[str]:
         elif isinstance(node, ast.ImportFrom):
             prefix = package.rsplit(".", node.level - 1)[0] + "." if node.level else ""
             source = f"{prefix}{node.module or ''}".rstrip(".")
-            names |= {source} | {f"{source}.{alias.name}" for alias in node.names}
+            names |= {f"{source}.{alias.name}" for alias in node.names}
     return names
 
 
 def import_graph(root: Path, package: str) -> dict[str, set[str]]:
+    """Module -> the modules that it names. `from package import module` names the module, not the package's __init__."""
     modules = modules_of(root, package)
-    return {name: (imports_of(path, name) & set(modules)) - {name} for name, path in modules.items()}
+
+    def homes(names: set[str]) -> set[str]:
+        return {name if name in modules else name.rpartition(".")[0] for name in names} & set(modules)
+
+    return {name: homes(imports_of(path, name)) - {name} for name, path in modules.items()}
 
 
 def circles(graph: dict[str, set[str]]) -> list[str]:
