@@ -121,6 +121,8 @@ class PeftMoEDecoder(DecoderBase):
             needed = "a temperature above 0 (or greedy decoding)" if do_sample else "temperature 0"
             raise OptionError(f"{asked} with temperature {self.temperature:g}, but it needs {needed}")
         input_ids = self._encode(prompt)
+        if not do_sample and self.routing_strategy != "round_robin":  # then all of them are the same text
+            return self._complete(prompt, input_ids, range(1), do_sample=False) * num_samples
         wanted = range(first_sample, first_sample + num_samples)
         texts: list[str] = []
         for start in range(0, num_samples, self.batch_size):

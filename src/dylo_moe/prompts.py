@@ -18,7 +18,13 @@ SPLITTER = "-[[]]-this-is-really-our-highest-priority-[[]]-"
 
 
 def chat_prompt(
-    tokenizer: PreTrainedTokenizerBase, task: str, instruction: str | None, response: str | None, *, name: str = "model"
+    tokenizer: PreTrainedTokenizerBase,
+    task: str,
+    instruction: str | None,
+    response: str | None,
+    *,
+    name: str = "model",
+    seconds: float = TEMPLATE_SECONDS,
 ) -> str:
     """EvalPlus's chat prompt: the task in a user turn, and an assistant turn that is cut where the code begins.
 
@@ -34,7 +40,7 @@ def chat_prompt(
         {"role": "user", "content": f"{instruction}\n```\n{task.strip()}\n```\n"},
         {"role": "assistant", "content": f"{response}\n```python\n{SPLITTER}\n```\n"},
     ]
-    text = _within(TEMPLATE_SECONDS, lambda: tokenizer.apply_chat_template(turns, tokenize=False), name)
+    text = _within(seconds, lambda: tokenizer.apply_chat_template(turns, tokenize=False), name)
     if len(text) > TEMPLATE_CHARACTERS:
         raise PromptError(f"{name}: its chat template wrote {len(text)} characters, more than {TEMPLATE_CHARACTERS}")
     before, splitter, _ = text.partition(SPLITTER)

@@ -115,7 +115,8 @@ def _problem(task: Any) -> str | None:
         if not isinstance(task.get(name), str):
             return f"{name} is not a text"
     for name in _LISTS:
-        if not (isinstance(task.get(name), list) and all(isinstance(inputs, list) for inputs in task[name])):
+        # Mbpp/793 of the published file has {} where it means no inputs.
+        if task.get(name) != {} and not (isinstance(task.get(name), list) and all(isinstance(inputs, list) for inputs in task[name])):
             return f"{name} is not a list of lists of arguments"
     if not isinstance(task.get("atol"), int | float) or isinstance(task["atol"], bool):
         return "atol is not a number"
