@@ -239,16 +239,14 @@ def check_experts_fit_base(
 
 def check_fit(base: BaseModel, experts: Iterable[Expert], router: RouterState | None) -> None:
     """As check_experts_fit_base, for a base model whose headers are at hand; pickled weights have none to compare."""
+    for expert in experts if base.shapes else ():
+        for module, pair in expert.modules.items():
+            _check_pair(base, expert.name, module, pair)
+        _check_coverage(base, expert)
     hidden = base.config.get("hidden_size", base.config.get("n_embd"))
     if router is not None and router.features != "layer" and hidden and router.hidden_size != hidden:
         found = f"{router.hidden_size} columns, while the base model's hidden size is {hidden}"
         raise ShapeMismatch(base.directory, "gate.weight", found=found, expected="the same number")
-    if not base.shapes:
-        return
-    for expert in experts:
-        for module, pair in expert.modules.items():
-            _check_pair(base, expert.name, module, pair)
-        _check_coverage(base, expert)
 
 
 def _check_pair(base: BaseModel, name: str, module: str, pair: LoraPair) -> None:

@@ -62,9 +62,12 @@ def detect(files: CheckpointFiles, path: Path) -> str:
     if len(found) > 1:
         expected = "one format; move the other files away"
         raise UnknownFormat(path, "", found=f"the marks of {' and '.join(found)}", expected=expected)
-    if found == ["weights"]:
-        return _of_weights(files)
-    return found[0] if found else _of_subdirectories(files)
+    if not found:
+        return _of_subdirectories(files)
+    beside = [directory.name for directory in peft_lora.adapter_directories(files.root)]
+    if beside:
+        files.warn(f"the adapters in {', '.join(beside)} were not read; name one of these directories to read it")
+    return _of_weights(files) if found == ["weights"] else found[0]
 
 
 def _root_marks(files: CheckpointFiles) -> list[str]:

@@ -1,0 +1,144 @@
+"""Two layouts in one directory: resolved by the documented precedence or refused, never by chance."""
+
+from __future__ import annotations
+
+import itertools
+import shutil
+
+import pytest
+import torch
+from safetensors.torch import save_file
+
+from dylo_moe.errors import InvalidField, MissingFile, UnknownFormat
+from dylo_moe.formats import detect_model_format, read_checkpoint
+from tests.unit.formats import written
+
+
+def _full_state(path):
+    save_file(written.full_state(), path / "model.safetensors")
+
+
+def _bag(path):
+    for name in ("code", "maths"):
+        written.write_adapter(path / name)
+
+
+def _bundle(path):
+    torch.save({"foundation_model": {}}, path / "checkpoint.pt")
+
+
+WRITERS = {
+    "dylo-moe": written.native,
+    "dylora-separated": written.separated,
+    "dylora-full-state": _full_state,
+    "merged": written.base,
+    "peft-lora": written.write_adapter,
+    "lora-bag": _bag,
+    "dylora-bundle": _bundle,
+}
+# Pairs that a real program writes into one directory, and what the directory then is; every other pair is refused.
+RESOLVED = {
+    frozenset({"dylora-separated", "dylora-full-state"}): "dylora-separated",
+    frozenset({"dylo-moe", "lora-bag"}): "dylo-moe",
+    frozenset({"dylora-separated", "lora-bag"}): "dylora-separated",
+    frozenset({"dylora-full-state", "lora-bag"}): "dylora-full-state",
+    frozenset({"merged", "lora-bag"}): "merged",
+    frozenset({"peft-lora", "lora-bag"}): "peft-lora",
+    frozenset({"dylora-bundle", "lora-bag"}): "dylora-bundle",
+}
+
+
+@pytest.mark.parametrize("name", WRITERS)
+def test_each_layout_alone_is_detected(tmp_path, name):
+    WRITERS[name](tmp_path)
+    assert detect_model_format(tmp_path) == name
+
+
+@pytest.mark.parametrize("pair", list(itertools.combinations(WRITERS, 2)), ids=" and ".join)
+def test_two_layouts_in_one_directory_are_resolved_by_rule_or_refused(tmp_path, pair):
+    outcomes = set()
+    for number, order in enumerate((pair, pair[::-1])):
+        path = tmp_path / str(number)
+        path.mkdir()
+        for name in order:
+            part = tmp_path / f"{number}-{name}"
+            part.mkdir()
+            WRITERS[name](part)
+            shutil.copytree(part, path, dirs_exist_ok=True)
+        try:
+            outcomes.add(detect_model_format(path))
+        except UnknownFormat as error:
+            outcomes.add("refused")
+            assert "marks of" in str(error) or "router" in str(error)
+    expected = RESOLVED.get(frozenset(pair), "refused")
+    if {"merged", "dylora-full-state"} == set(pair):
+        expected = "overwritten"  # both are model.safetensors: the last one written is the only one there is
+        outcomes = {"overwritten"} if len(outcomes) == 2 else outcomes
+    if {"merged", "dylora-separated"} == set(pair):
+        expected = "dylora-separated"  # as with a full state: D4c, whatever the weights beside it are
+    assert outcomes == {expected}
+
+
+def test_adapters_beside_another_mark_decide_nothing_but_are_mentioned(tmp_path):
+    written.write_adapter(tmp_path)
+    _bag(tmp_path)
+    assert any("code" in text for text in read_checkpoint(tmp_path).warnings)
+
+
+def test_adapters_beside_a_router_are_refused(tmp_path):
+    _bag(tmp_path)
+    save_file(written.gate(), tmp_path / "router.safetensors")
+    with pytest.raises(UnknownFormat, match="router.safetensors"):
+        detect_model_format(tmp_path)
+
+
+@pytest.mark.parametrize(("kind", "word"), [("XLORA", "X-LoRA"), ("MIXLORA", "MixLoRA"), ("POLY", "Poly"), ("IA3", "IA3")])
+def test_other_tuners_are_recognised_and_refused(tmp_path, kind, word):
+    written.write_adapter(tmp_path, peft_type=kind)
+    with pytest.raises(UnknownFormat, match=word):
+        detect_model_format(tmp_path)
+
+
+@pytest.mark.parametrize(("key", "word"), [("lora_route.weight", "HydraLoRA"), ("router.router.weight", "MoLA")])
+def test_mixtures_that_call_themselves_lora_are_seen_in_the_header(tmp_path, key, word):
+    tensors = written.pairs() | {f"base_model.model.{written.MODULES[0]}.{key}": torch.ones(2, 8)}
+    written.write_adapter(tmp_path, tensors)
+    with pytest.raises(UnknownFormat, match=word):
+        detect_model_format(tmp_path)
+
+
+def test_mergoo_arrow_and_standalone_xlora_are_recognised_and_refused(tmp_path):
+    written.base(tmp_path / "mergoo", adapter_configs=[], router_layers=["q_proj"], num_experts_per_tok=2)
+    written.write_adapter(tmp_path / "arrow" / "arrow_router")
+    written.write_json(tmp_path / "xlora" / "xlora_config.json", {})
+    for name, word in (("mergoo", "mergoo"), ("arrow", "Arrow"), ("xlora", "X-LoRA")):
+        with pytest.raises(UnknownFormat, match=word):
+            detect_model_format(tmp_path / name)
+
+
+def test_unknown_contents_are_listed_with_the_known_formats(tmp_path):
+    (tmp_path / "notes.txt").write_text("hello")
+    with pytest.raises(UnknownFormat, match="notes.txt.*dylora-separated"):
+        detect_model_format(tmp_path)
+    with pytest.raises(UnknownFormat, match="ending"):
+        detect_model_format(tmp_path / "notes.txt")
+
+
+def test_nothing_there_is_a_missing_file(tmp_path):
+    with pytest.raises(MissingFile, match="nowhere"):
+        detect_model_format(tmp_path / "nowhere")
+
+
+def test_detection_opens_no_pickle(tmp_path):
+    for name in ("pytorch_model.bin", "optimizer.pt", "training_args.bin"):
+        (tmp_path / name).write_bytes(b"\x80\x02cos\nsystem\n.")
+    assert detect_model_format(tmp_path) == "dylora-full-state"
+
+
+def test_foreign_expert_name_in_peft_adapters_is_refused(tmp_path):
+    written.separated(tmp_path)
+    for name in ("code", "expert_01"):
+        written.write_adapter(tmp_path / "peft_adapters" / name)
+        with pytest.raises(InvalidField, match=name):
+            read_checkpoint(tmp_path)
+        shutil.rmtree(tmp_path / "peft_adapters" / name)
