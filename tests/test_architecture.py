@@ -219,10 +219,10 @@ def test_type_checking_import_is_not_an_import(tmp_path):
     ("files", "line"),
     [
         ({"src/dylo_moe/a.py": "import harness.gate"}, "dylo_moe.a imports harness"),
-        ({"harness/a.py": "from tests.x import y"}, "harness.a imports tests.x"),
+        ({"harness/a.py": "from tests.x import y"}, "harness.a imports tests.x.y"),
         (
             {"src/dylo_moe/routed.py": "", "harness/a.py": "from dylo_moe.routed import RoutedLinear"},
-            "harness.a imports dylo_moe.routed",
+            "harness.a imports dylo_moe.routed.RoutedLinear",
         ),
         ({"src/dylo_moe/routed.py": "", "harness/a.py": "from dylo_moe import routed"}, "harness.a imports dylo_moe.routed"),
     ],
