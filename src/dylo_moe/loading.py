@@ -106,7 +106,7 @@ def _base(
     location = resolve_base(checkpoint.base_model, given, checkpoint=checkpoint.path)
     if not Path(location).is_dir():  # a hub id that the user gave
         return AutoModelForCausalLM.from_pretrained(location, **options), ()
-    warnings = check_experts_fit_base(location, checkpoint.experts)
+    warnings = check_experts_fit_base(location, checkpoint.experts, checkpoint.router)
     return _from_directory(location, read_base(location).config, options), warnings
 
 
