@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import copy
 
+import torch
 from transformers import Cache
 
 from dylo_moe.errors import CacheWithoutFeatures
@@ -23,7 +24,7 @@ def feature_half(cache: Cache, num_hidden_layers: int) -> Cache:
         num_hidden_layers: layers of the base model, for caches that create their layers lazily.
 
     Raises:
-        CacheWithoutFeatures: the cache already holds tokens of a routed pass but none of the feature pass.
+        CacheWithoutFeatures: the cache holds tokens that the feature pass has not seen.
     """
     if not hasattr(cache, _SPLIT):
         if cache.get_seq_length() > 0:
@@ -37,4 +38,9 @@ def feature_half(cache: Cache, num_hidden_layers: int) -> Cache:
         cache.layers.extend(copy.deepcopy(cache.layers))
     view = copy.copy(cache)
     view.layers = cache.layers[getattr(cache, _SPLIT) :]
+    if not torch.compiler.is_compiling() and int(view.get_seq_length()) != int(cache.get_seq_length()):
+        raise CacheWithoutFeatures(
+            f"past_key_values holds {int(cache.get_seq_length())} tokens but the router's features of only "
+            f"{int(view.get_seq_length())}: a step in between was given its weights or expert; start again without it"
+        )
     return view

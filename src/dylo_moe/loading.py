@@ -124,10 +124,9 @@ def _from_state(checkpoint: Checkpoint, given: str | None, options: dict[str, An
     else:
         config = AutoConfig.from_pretrained(resolve_base(checkpoint.base_model, given, checkpoint=checkpoint.path))
     state = checkpoint.base_state
-    dtype = options["dtype"] if isinstance(options["dtype"], torch.dtype) else None
-    stored = next(iter(state.values())).dtype
+    dtype = options["dtype"] if options["dtype"] != "auto" else next(iter(state.values())).dtype
     attention = options.get("attn_implementation")
-    model = AutoModelForCausalLM.from_config(config, dtype=dtype or stored, attn_implementation=attention)
+    model = AutoModelForCausalLM.from_config(config, dtype=dtype, attn_implementation=attention)
     missing, unexpected = model.load_state_dict(state, strict=False)
     tied = set(getattr(model, "all_tied_weights_keys", None) or getattr(model, "_tied_weights_keys", None) or ())
     lost = sorted(set(missing) - tied)
@@ -135,7 +134,16 @@ def _from_state(checkpoint: Checkpoint, given: str | None, options: dict[str, An
         found = f"{len(lost)} tensors missing {lost[:3]}, {len(unexpected)} unknown {sorted(unexpected)[:3]}"
         raise ShapeMismatch(checkpoint.path, "base weights", found=found, expected="the base model's own tensors")
     model.tie_weights()
-    return model
+    return _placed(model, options.get("device_map"))
+
+
+def _placed(model: PreTrainedModel, device_map: Any) -> PreTrainedModel:
+    """On one device: a base whose weights are in the checkpoint itself is not spread over several."""
+    if isinstance(device_map, dict):
+        device_map = next(iter(device_map.values()))
+    if device_map in ("auto", "balanced", "balanced_low_0", "sequential"):
+        device_map = "cuda" if torch.cuda.is_available() else "cpu"
+    return model if device_map is None else model.to(device_map)
 
 
 def _as_config(fields: Mapping[str, Any], path: str | Path) -> PretrainedConfig:

@@ -51,8 +51,10 @@ class DyLoRA_MoE(nn.Module):  # noqa: N801 - the name that the field uses
         self._trainable_before = {n: p.requires_grad for n, p in peft_model.named_parameters()}
         _route_layers(self.causal_lm, layers, self.mixture)
         self.routing = Routing(self.causal_lm, self.mixture, router, self.moe_config.router_features)
+        # The router must not be dense because nobody called eval() on it while the model was evaluated.
+        self.training = self.causal_lm.training
         if router is not None:
-            router.to(self.device)
+            router.to(self.device).train(self.training)
         if any(self._trainable_before.values()):
             self.expert_manager.activate_all_experts()
 

@@ -149,8 +149,9 @@ class RoutedLinear(LoraLinear):
         rows = tuple((e, self.scaling[name]) for e, name in experts for _ in range(self.lora_A[name].weight.shape[0]))
         key = (rows, weights.device, weights.dtype)
         if self._layout is None or self._layout[0] != key:
-            columns = torch.tensor([e for e, _ in rows], device=weights.device)
-            scales = torch.tensor([scale for _, scale in rows], device=weights.device, dtype=weights.dtype)
+            with torch.inference_mode(False):  # kept for later passes, which may need gradients
+                columns = torch.tensor([e for e, _ in rows], device=weights.device)
+                scales = torch.tensor([scale for _, scale in rows], device=weights.device, dtype=weights.dtype)
             self._layout = (key, columns, scales)
         return self._layout[1], self._layout[2]
 

@@ -186,7 +186,7 @@ class Routing:
             return kwargs["past_key_values"]
         wanted = kwargs.get("use_cache")
         if wanted is None:
-            wanted = getattr(self.causal_lm.config, "use_cache", False) and not torch.is_grad_enabled()
+            wanted = getattr(self.causal_lm.config, "use_cache", False) and not self.causal_lm.training
         return DynamicCache(config=self.causal_lm.config) if wanted else None
 
     def _bind_checkpointing(self) -> None:

@@ -115,8 +115,10 @@ def _problem(task: Any) -> str | None:
         if not isinstance(task.get(name), str):
             return f"{name} is not a text"
     for name in _LISTS:
-        # Mbpp/793 of the published file has {} where it means no inputs.
-        if task.get(name) != {} and not (isinstance(task.get(name), list) and all(isinstance(inputs, list) for inputs in task[name])):
+        inputs = task.get(name)
+        if inputs == {}:  # Mbpp/793 of the published file, where no inputs are meant
+            continue
+        if not (isinstance(inputs, list) and all(isinstance(arguments, list) for arguments in inputs)):
             return f"{name} is not a list of lists of arguments"
     if not isinstance(task.get("atol"), int | float) or isinstance(task["atol"], bool):
         return "atol is not a number"

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import os
 from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
@@ -92,7 +93,7 @@ def combined_hash(hashes: Mapping[str, str]) -> str:
 
 
 def _root(path: Path) -> Path:
-    return path.parent if path.is_file() else path
+    return path.parent if os.path.isfile(path) else path
 
 
 def _read(files: CheckpointFiles, name: str, path: Path, options: ReadOptions) -> Checkpoint:
@@ -105,7 +106,7 @@ def _read(files: CheckpointFiles, name: str, path: Path, options: ReadOptions) -
         "merged": read_merged,
     }
     if name == BUNDLE:
-        return read_bundle(files, options, path if path.is_file() else path / BUNDLE_FILE)
-    if name == FULL_STATE and path.is_file():
+        return read_bundle(files, options, path if os.path.isfile(path) else path / BUNDLE_FILE)
+    if name == FULL_STATE and os.path.isfile(path):
         return read_full_state(files, options, path)
     return readers[name](files, options)

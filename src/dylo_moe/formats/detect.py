@@ -16,12 +16,13 @@ dylora-separated. Subdirectories with adapters beside another mark (a trainer's 
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 
 from dylo_moe.errors import MissingFile, UnknownFormat
 from dylo_moe.formats import dylora, native, peft_lora
 from dylo_moe.formats.dylora_config import is_dylora_config
-from dylo_moe.formats.files import CheckpointFiles
+from dylo_moe.formats.files import CheckpointFiles, entries
 from dylo_moe.formats.weights import dylora_pickles, find_weights, has_weights
 
 FULL_STATE = "dylora-full-state"
@@ -51,9 +52,9 @@ _OTHER_PEFT = {
 
 def detect(files: CheckpointFiles, path: Path) -> str:
     """The format's name; see detect_model_format."""
-    if path.is_file():
+    if os.path.isfile(path):
         return _of_file(path)
-    if not path.is_dir():
+    if not os.path.isdir(path):
         raise MissingFile(path, "", found="no such file or directory", expected="a checkpoint")
     found = _root_marks(files)
     if found == [dylora.FORMAT, "weights"]:
@@ -147,8 +148,8 @@ def _of_subdirectories(files: CheckpointFiles) -> str:
         raise UnknownFormat(root, "", found=found, expected="experts in peft_adapters/, or a bag of LoRAs without router")
     if names:
         return peft_lora.BAG_FORMAT
-    entries = sorted(entry.name for entry in root.iterdir())
-    found = f"{', '.join(entries[:12])}{' ...' if len(entries) > 12 else ''}" if entries else "an empty directory"
+    names = [entry.name for entry in entries(root)]
+    found = f"{', '.join(names[:12])}{' ...' if len(names) > 12 else ''}" if names else "an empty directory"
     raise UnknownFormat(root, "", found=found, expected=_KNOWN)
 
 

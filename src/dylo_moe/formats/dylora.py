@@ -32,7 +32,7 @@ from dylo_moe.formats.adapter import (
 from dylo_moe.formats.adapter_config import AdapterConfig
 from dylo_moe.formats.checkpoint import Checkpoint, Expert
 from dylo_moe.formats.dylora_config import DyloraConfig, adapter_config, read_dylora_config
-from dylo_moe.formats.files import CheckpointFiles
+from dylo_moe.formats.files import CheckpointFiles, entries
 from dylo_moe.formats.options import ReadOptions
 from dylo_moe.formats.router_file import read_gate, router_state
 from dylo_moe.formats.tokenizer_files import tokenizer_directory
@@ -78,7 +78,7 @@ def _find_experts(files: CheckpointFiles) -> dict[int, Path]:
     if not directory.is_dir():
         raise MissingFile(directory, "", found="no directory", expected="expert_0, expert_1, ...")
     found: dict[int, Path] = {}
-    for entry in sorted(directory.iterdir()):
+    for entry in entries(directory):
         match = _EXPERT.fullmatch(entry.name)
         is_expert_like = entry.is_dir() or entry.suffix == ".pt"
         if match is None and is_expert_like:
@@ -100,7 +100,7 @@ def _adapter_directory(files: CheckpointFiles, directory: Path) -> Path:
     is_nested, is_flat = nested.is_dir(), files.exists(directory / "adapter_config.json")
     if is_nested and is_flat:
         files.warn(f"{files.relative(nested)} was read, {files.relative(directory)}/adapter_config.json was not")
-    if not is_nested and not any(directory.iterdir()):
+    if not is_nested and not entries(directory):
         raise ExpertMissing(directory, "", found="an empty directory", expected="an adapter")
     return nested if is_nested else directory
 

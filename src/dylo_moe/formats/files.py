@@ -119,6 +119,14 @@ def regular_file(path: Path, root: Path, field: str = "") -> Path:
     return real
 
 
+def entries(directory: Path) -> list[Path]:
+    """What is in a directory, sorted by name."""
+    try:
+        return sorted(directory.iterdir())
+    except OSError as error:
+        raise UnreadableFile(directory, "", found=f"error {error.strerror}", expected="a readable directory") from error
+
+
 def read_bytes(path: Path, limit: int) -> bytes:
     """All bytes of a regular file of at most `limit` bytes."""
     try:

@@ -10,7 +10,7 @@ from dylo_moe.errors import ExpertCountMismatch, ExpertMissing, GateMissing, Inv
 from dylo_moe.formats.adapter import check_expert_name, one_base_model, read_adapter
 from dylo_moe.formats.adapter_config import AdapterConfig, optional_text
 from dylo_moe.formats.checkpoint import Checkpoint, RouterState
-from dylo_moe.formats.files import CheckpointFiles
+from dylo_moe.formats.files import CheckpointFiles, entries
 from dylo_moe.formats.options import ReadOptions
 from dylo_moe.formats.patterns import natural_sorted
 from dylo_moe.formats.router_file import check_router_values, gate_rows, read_gate
@@ -61,10 +61,10 @@ def _check_version(config: dict[str, Any], path: Path) -> None:
 
 
 def _expert_names(config: dict[str, Any], path: Path) -> list[str]:
-    entries = config.get("experts")
-    if not isinstance(entries, list) or not entries or not all(isinstance(entry, dict) for entry in entries):
-        raise InvalidField(path, "experts", found=repr(entries)[:80], expected="a list of objects with a name")
-    names = [entry.get("name") for entry in entries]
+    listed = config.get("experts")
+    if not isinstance(listed, list) or not listed or not all(isinstance(entry, dict) for entry in listed):
+        raise InvalidField(path, "experts", found=repr(listed)[:80], expected="a list of objects with a name")
+    names = [entry.get("name") for entry in listed]
     for name in names:
         if not isinstance(name, str):
             raise InvalidField(path, "experts[].name", found=repr(name)[:80], expected="text")
@@ -81,7 +81,7 @@ def _check_directories(files: CheckpointFiles, names: list[str]) -> None:
     directory = files.root / EXPERTS
     if not directory.is_dir():
         raise MissingFile(directory, "", found="no such directory", expected="one directory per expert")
-    present = {entry.name for entry in directory.iterdir() if entry.is_dir()}
+    present = {entry.name for entry in entries(directory) if entry.is_dir()}
     for name in names:
         if name not in present:
             raise ExpertMissing(directory / name, "", found="no such directory", expected=f"the files of expert {name!r}")
@@ -91,8 +91,8 @@ def _check_directories(files: CheckpointFiles, names: list[str]) -> None:
         raise ExpertCountMismatch(directory, "", found=found, expected=f"{len(names)} experts")
 
 
-def _check_scalings(entries: list[dict[str, Any]], configs: list[AdapterConfig], path: Path) -> None:
-    for entry, config in zip(entries, configs, strict=True):
+def _check_scalings(listed: list[dict[str, Any]], configs: list[AdapterConfig], path: Path) -> None:
+    for entry, config in zip(listed, configs, strict=True):
         recorded = entry.get("scaling")
         if recorded is None:
             continue

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 
 from dylo_moe.errors import ExpertMissing
 from dylo_moe.formats.adapter import one_base_model, pickled_weights, read_adapter
 from dylo_moe.formats.checkpoint import Checkpoint
-from dylo_moe.formats.files import CheckpointFiles
+from dylo_moe.formats.files import CheckpointFiles, entries
 from dylo_moe.formats.options import ReadOptions
 from dylo_moe.formats.patterns import natural_key
 from dylo_moe.formats.tokenizer_files import tokenizer_directory
@@ -31,7 +32,7 @@ def read_bag(files: CheckpointFiles, options: ReadOptions) -> Checkpoint:
 
 def adapter_directories(root: Path) -> list[Path]:
     """Subdirectories that hold an adapter_config.json, in natural order of their names."""
-    found = [entry for entry in root.iterdir() if (entry / "adapter_config.json").is_file()]
+    found = [entry for entry in entries(root) if os.path.isfile(entry / "adapter_config.json")]
     return sorted(found, key=lambda entry: natural_key(entry.name))
 
 

@@ -37,11 +37,12 @@ def convert_pickles(paths: Mapping[Path, Path]) -> dict[Path, tuple[PickleTree, 
     """
     seconds = BASE_SECONDS + SECONDS_PER_BYTE * sum(real.stat().st_size for real in paths.values())
     with tempfile.TemporaryDirectory(prefix="dylo-moe-") as scratch:
-        _run_child(list(paths.values()), Path(scratch), seconds)
+        run_child(list(paths.values()), Path(scratch), seconds)
         return {name: _collect(Path(scratch) / str(number), name) for number, name in enumerate(paths)}
 
 
-def _run_child(files: list[Path], scratch: Path, seconds: float) -> None:
+def run_child(files: list[Path], scratch: Path, seconds: float) -> None:
+    """Start pickle_child.py on the files; what it finds is in `scratch`. UnreadableFile when it takes too long."""
     # TORCH_* variables can switch weights_only off; the child gets none of them.
     environment = {key: value for key, value in os.environ.items() if not key.startswith("TORCH")}
     command = [sys.executable, "-I", str(_CHILD), str(scratch), *map(str, files)]

@@ -121,6 +121,32 @@ def test_cache_of_another_model_is_refused_when_the_router_needs_its_own_half(sp
         assert not model.mixture.active
 
 
+def test_cache_that_skipped_the_router_for_a_step_is_refused(specimens, ids):
+    model = routed(specimens)
+    with torch.no_grad():
+        cache = model(ids[:, :4], use_cache=True).past_key_values
+        cache = model(ids[:, 4:5], expert_id=0, past_key_values=cache).past_key_values
+        with pytest.raises(CacheWithoutFeatures, match="5 tokens but the router's features of only 4"):
+            model(ids[:, 5:6], past_key_values=cache)
+
+
+def test_training_after_inference_mode(specimens, ids):
+    model = routed(specimens)
+    with torch.inference_mode():
+        model(ids)
+    model.train()
+    model(ids, labels=ids).loss.backward()
+    assert model.router.gate.weight.grad.any()
+
+
+def test_router_follows_the_base_into_evaluation_when_attached(specimens):
+    path = specimens("llama")
+    router = gate_of(path).train()
+    assert not attach_router(stock_peft(path, path.parent / "llama"), router).router.training
+    router = gate_of(path).eval()
+    assert attach_router(stock_peft(path, path.parent / "llama").train(), router).router.training
+
+
 @pytest.mark.parametrize(
     ("arguments", "error", "text"),
     [
