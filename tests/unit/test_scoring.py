@@ -139,8 +139,9 @@ def test_generated_code_sees_neither_secrets_nor_the_callers_directory(monkeypat
     monkeypatch.setenv("HF_TOKEN", "secret")
     monkeypatch.setenv("AWS_SECRET_ACCESS_KEY", "secret")
     tasks = task_set(monkeypatch, tmp_path, task(0, "f", "    return False\n", [[0]]))
-    found = f"'secret' in str(os.environ) or pathlib.Path('.').resolve() == pathlib.Path({os.getcwd()!r})"
-    assert statuses(tasks, f"import os, pathlib\ndef f(x):\n    return {found}\n") == [("pass", "pass")]
+    assert Path("pyproject.toml").exists() and "secret" in str(os.environ)
+    found = "'secret' in str(os.environ) or 'pyproject.toml' in os.listdir('.')"
+    assert statuses(tasks, f"import os\ndef f(x):\n    return {found}\n") == [("pass", "pass")]
 
 
 def test_canonical_solution_that_fails_is_an_error_that_names_the_task(monkeypatch, tmp_path):
