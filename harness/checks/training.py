@@ -7,10 +7,11 @@ from __future__ import annotations
 
 import numpy as np
 import torch
+import torch._dynamo
 from torch import Tensor, nn
 
 from harness.bench import Bench
-from harness.compare import UNIT_ROUNDOFF, as_float64, assert_bitwise, assert_within, dot_bound, twice_the_loop
+from harness.compare import UNIT_ROUNDOFF, as_float64, assert_bitwise, assert_within, dot_bound, rounding_floor, twice_the_loop
 from harness.loop import LoopModel
 from harness.oracles import balance
 from harness.outcome import NotApplicable, Void
@@ -21,7 +22,7 @@ def check_train_eval_modes(bench: Bench) -> None:
     """Training routes densely, softmax(logits / T); after eval() again everything is bitwise as before.
 
     Reason: the router has two modes by definition; a mode that sticks, or dropout that ignores eval(), changes every later score.
-    Tolerance: twice the naive loop's error for the weights; none for the way back.
+    Tolerance: half of twice the naive loop's error in the gate's logits over T, and two roundings; none for the way back.
     """
     w = workings(bench)
     w.need_router()
@@ -35,9 +36,7 @@ def check_train_eval_modes(bench: Bench) -> None:
     if w.reference.router.features == "layer":
         return
     want = w.reference.training_weights(w.ids, w.mask)
-    loop = LoopModel(w.reference.artifact, w.dtype).train()
-    w.ask(loop, w.ids.cpu(), w.mask.cpu())
-    bound = twice_the_loop(as_float64(loop.last_routing_weights)[w.valid], want[w.valid], w.dtype)
+    bound = w.router_error / w.reference.router.temperature + rounding_floor(1.0, w.dtype)
     assert_within(dense[w.valid], want[w.valid], bound, what="routing weights while training")
 
 
@@ -45,17 +44,16 @@ def check_gradients_reach_router_and_experts(bench: Bench) -> None:
     """The loss and its gradients for the router's gate and for the experts are those of the loop in float64; the base gets none.
 
     Reason: a detached weight trains nothing and reports nothing.
-    Tolerance: twice the error of the naive loop's own gradients in the same dtype.
+    Tolerance: twice the naive loop's largest error in the same dtype, over all gradients of one kind (gate, A, B).
     """
     w = workings(bench)
     w.need_router()
     model = w.load()
     found = _loss_and_gradients(w, model, _ids(w).to(bench.device))
-    exact, loop = _exact_and_loop(w)
+    exact, allowed = _exact_and_allowed(w)
     for name, want in exact.items():
-        bound = twice_the_loop(loop[name], want, w.dtype)
         effect = None if name == "loss" else want
-        assert_within(found[name], want, bound, effect=effect, what=f"gradient of {name}" if name != "loss" else name)
+        assert_within(found[name], want, allowed[_kind(name)], effect=effect, what=name)
     reached = [n for n, p in model.named_parameters() if p.grad is not None and _is_base(n)]
     if reached:
         raise AssertionError(f"the frozen base has gradients: {reached[:3]}")
@@ -65,7 +63,7 @@ def check_gradient_checkpointing_equal(bench: Bench) -> None:
     """With gradient checkpointing the loss and the gradients are those without.
 
     Reason: the recomputation runs inside backward(), when the weights of the forward pass may be gone.
-    Tolerance: twice the error of the naive loop's own gradients.
+    Tolerance: twice the naive loop's largest error, over all gradients of one kind (gate, A, B).
     """
     w = workings(bench)
     w.need_router()
@@ -73,9 +71,9 @@ def check_gradient_checkpointing_equal(bench: Bench) -> None:
     w.need_method(model, "gradient_checkpointing_enable")()
     ids = _ids(w).to(bench.device)
     found = _loss_and_gradients(w, model, ids)
-    exact, loop = _exact_and_loop(w)
+    exact, allowed = _exact_and_allowed(w)
     for name, want in exact.items():
-        assert_within(found[name], want, twice_the_loop(loop[name], want, w.dtype), what=f"{name}, checkpointed")
+        assert_within(found[name], want, allowed[_kind(name)], what=f"{name}, checkpointed")
 
 
 def check_load_balancing_loss(bench: Bench) -> None:
@@ -106,9 +104,10 @@ def check_compile_equal(bench: Bench) -> None:
     """
     w = workings(bench)
     w.need_experts()
-    if not hasattr(torch, "_dynamo") and not hasattr(torch, "compile"):
-        raise NotApplicable("this torch has no torch.compile")
+    if not torch._dynamo.is_dynamo_supported():
+        raise NotApplicable("torch.compile does not support this Python")
     model = w.load()
+    w.ask(model, routing_weights=w.dense)  # so that what a first call sets up is no reason to compile twice
     torch._dynamo.reset()
     compiled = torch.compile(model, backend="eager", dynamic=False)
     for weights in (w.dense, w.dense.roll(1, dims=-1)):
@@ -150,16 +149,30 @@ def _watched(w: Workings, model: nn.Module) -> dict[str, nn.Parameter]:
     return watched
 
 
-def _exact_and_loop(w: Workings) -> tuple[dict[str, np.ndarray], dict[str, np.ndarray]]:
-    """The naive loop's training step in float64 and in the working dtype; once per bench."""
+def _exact_and_allowed(w: Workings) -> tuple[dict[str, np.ndarray], dict[str, float]]:
+    """The naive loop's training step in float64, and per kind twice its largest error in the working dtype; once per bench.
+
+    One error for all gradients of a kind: a single tensor of a few elements may happen to be exact.
+    """
     kept = vars(w).setdefault("_training", {})
     if not kept:
-        for name, dtype in (("exact", torch.float64), ("loop", w.dtype)):
-            with torch.enable_grad():
-                kept[name] = _loss_and_gradients(w, LoopModel(w.reference.artifact, dtype, "eager"), _ids(w))
-        if all(np.abs(gradient).max() == 0 for name, gradient in kept["exact"].items() if name == "gate"):
+        with torch.enable_grad():
+            exact, loop = (
+                _loss_and_gradients(w, LoopModel(w.reference.artifact, dtype, "eager"), _ids(w))
+                for dtype in (torch.float64, w.dtype)
+            )
+        if not exact["gate"].any():
             raise Void("the gate's gradient is zero for this checkpoint")
-    return kept["exact"], kept["loop"]
+        kept["exact"], kept["allowed"] = exact, {}
+        for name, want in exact.items():
+            bound = twice_the_loop(loop[name], want, w.dtype)
+            kept["allowed"][_kind(name)] = max(bound, kept["allowed"].get(_kind(name), 0.0))
+    return kept["exact"], kept["allowed"]
+
+
+def _kind(name: str) -> str:
+    """ "loss", "gate", "A" or "B"."""
+    return name.split()[1] if " " in name else name
 
 
 def _is_base(name: str) -> bool:
