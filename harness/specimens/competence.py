@@ -116,9 +116,7 @@ def plant(  # noqa: PLR0913  the options of a specimen, all keywords
     return plant_records(directory, records, dataset=dataset, seed=seed, features=features)
 
 
-def plant_records(
-    directory: Path, groups: list[list[dict]], *, dataset: str, seed: int = 0, features: str = "base"
-) -> Planted:
+def plant_records(directory: Path, groups: list[list[dict]], *, dataset: str, seed: int = 0, features: str = "base") -> Planted:
     """As `plant`, for EvalPlus records of your own: expert i knows those of `groups[i]`."""
     directory = Path(directory).resolve()
     records = [record for group in groups for record in group]

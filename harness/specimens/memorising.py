@@ -88,9 +88,7 @@ class MixedLinear(nn.Module):
         return self.linear(x) + self.scaling * (low @ self.up.T)
 
 
-def insert_experts(
-    model: nn.Module, downs: dict[str, Tensor], *, scaling: float
-) -> tuple[Routing, dict[str, MixedLinear]]:
+def insert_experts(model: nn.Module, downs: dict[str, Tensor], *, scaling: float) -> tuple[Routing, dict[str, MixedLinear]]:
     """Replaces the modules named in `downs`, each with its stacked A (E r, in), by mixtures whose B are zero."""
     routing, mixed = Routing(), {}
     model.requires_grad_(False)

@@ -25,9 +25,7 @@ def tokenizer_of(texts: Iterable[str]) -> PreTrainedTokenizerFast:
             vocab_size=VOCAB_SIZE, special_tokens=[PAD, BOS, EOS], initial_alphabet=alphabet, show_progress=False
         ),
     )
-    backend.post_processor = processors.TemplateProcessing(
-        single=f"{BOS} $A", special_tokens=[(BOS, backend.token_to_id(BOS))]
-    )
+    backend.post_processor = processors.TemplateProcessing(single=f"{BOS} $A", special_tokens=[(BOS, backend.token_to_id(BOS))])
     return PreTrainedTokenizerFast(
         tokenizer_object=backend,
         pad_token=PAD,

@@ -52,9 +52,7 @@ def test_canonical_solutions_pass_in_evalplus(dataset):
 @pytest.mark.parametrize("dataset", DATASETS)
 def test_plausible_wrong_solutions_fail_in_evalplus(dataset, variant):
     records = [task.record(dataset) for task in TASKS]
-    solutions = {
-        task.task_id(dataset): task.prompt(dataset) + task.completion(dataset, task.wrong[variant]) for task in TASKS
-    }
+    solutions = {task.task_id(dataset): task.prompt(dataset) + task.completion(dataset, task.wrong[variant]) for task in TASKS}
     assert score(dataset, records, solutions) == dict.fromkeys(solutions, False)
 
 
