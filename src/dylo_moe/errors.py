@@ -53,7 +53,7 @@ class CheckpointError(DyloMoeError, ValueError):
         self.found = str(found)
         self.expected = str(expected)
         where = f"{self.file}: {field}" if field else f"{self.file}"
-        super().__init__(_one_line(f"{where}: found {self.found}, expected {self.expected}"))
+        super().__init__(one_line(f"{where}: found {self.found}, expected {self.expected}"))
 
     def __reduce__(self) -> tuple:
         return _rebuild, (type(self), str(self.file), self.field, self.found, self.expected)
@@ -63,8 +63,9 @@ def _rebuild(kind: type[CheckpointError], file: str, field: str, found: str, exp
     return kind(file, field, found=found, expected=expected)
 
 
-def _one_line(text: str, limit: int = 600) -> str:
-    flat = " ".join(text.split())
+def one_line(text: str, limit: int = 600) -> str:
+    """Fit for a terminal: no line breaks, no control characters or lone surrogates of a hostile file, not endless."""
+    flat = "".join(char if char.isprintable() else f"\\x{ord(char):02x}" for char in " ".join(text.split()))
     return flat if len(flat) <= limit else f"{flat[: limit - 3]}..."
 
 

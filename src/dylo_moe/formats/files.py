@@ -12,7 +12,7 @@ from typing import Any
 
 from torch import Tensor
 
-from dylo_moe.errors import HashMismatch, MissingFile, UnreadableFile
+from dylo_moe.errors import HashMismatch, MissingFile, UnreadableFile, one_line
 from dylo_moe.formats.jsonfile import parse_json
 from dylo_moe.formats.pickle_file import PickleTree, convert_pickles
 from dylo_moe.formats.safetensors_file import TensorInfo, load_tensors, read_header
@@ -84,8 +84,9 @@ class CheckpointFiles:
         return self._pickles.pop(path)
 
     def warn(self, text: str) -> None:
-        if text not in self.warnings:
-            self.warnings.append(text)
+        line = one_line(text)
+        if line not in self.warnings:
+            self.warnings.append(line)
 
     def relative(self, path: Path) -> str:
         return os.path.relpath(path, self.root)
