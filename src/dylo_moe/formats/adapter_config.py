@@ -9,7 +9,7 @@ from typing import Any
 
 from dylo_moe.errors import InvalidField
 from dylo_moe.formats.files import CheckpointFiles
-from dylo_moe.formats.patterns import ends_with, fullmatch, pattern_value
+from dylo_moe.formats.patterns import MatchBudget, Value, ends_with, fullmatch, pattern_value
 
 MAX_RANK = 65_536
 # float16 ends at 65,504: an alpha beyond a million overflows it at any rank in use.
@@ -53,20 +53,24 @@ class AdapterConfig:
     targets: tuple[str, ...] | str | None = None
     layers: frozenset[int] | None = None
     base_model: str | None = None
+    budget: MatchBudget = field(default_factory=MatchBudget)
 
     def rank_of(self, module: str) -> int | None:
         """The rank that the configuration gives a module; None where no file records it."""
-        return pattern_value(dict(self.rank_pattern), module, self.rank, file=self.file, field="rank_pattern")
+        return self._pattern_value(self.rank_pattern, module, self.rank, "rank_pattern")
 
     def alpha_of(self, module: str) -> float:
-        return pattern_value(dict(self.alpha_pattern), module, self.alpha, file=self.file, field="alpha_pattern")
+        return self._pattern_value(self.alpha_pattern, module, self.alpha, "alpha_pattern")
+
+    def _pattern_value(self, patterns: Mapping[str, Value], module: str, default: Value, name: str) -> Value:
+        return pattern_value(patterns, module, default, file=self.file, field=name, budget=self.budget)
 
     def covers(self, module: str) -> bool:
         """Whether target_modules and layers_to_transform allow an adapter on this module."""
         if self.targets is None or self.targets == "all-linear":
             return True
         if isinstance(self.targets, str):
-            return fullmatch(self.targets, module, file=self.file, field="target_modules")
+            return fullmatch(self.targets, module, file=self.file, field="target_modules", budget=self.budget)
         if module in self.targets:
             return True
         if not any(ends_with(module, name) for name in self.targets):

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from dylo_moe.formats.adapter import check_finite
+from dylo_moe.errors import ForeignTensor
+from dylo_moe.formats.adapter import check_finite, flat_tensors
 from dylo_moe.formats.base import read_base
 from dylo_moe.formats.checkpoint import Checkpoint
 from dylo_moe.formats.dylora_config import is_dylora_config
@@ -26,7 +27,10 @@ def read_merged(files: CheckpointFiles, options: ReadOptions) -> Checkpoint:
     weights = find_weights(files, files.root)
     files.convert(weights.paths if weights.is_pickled else ())
     for path in weights.paths:
-        tensors = files.tensors(path) if path.suffix == ".safetensors" else files.pickle(path)
+        tensors = flat_tensors(files.pickle(path), path) if weights.is_pickled else files.tensors(path)
+        foreign = [key for key in tensors if key.startswith("foundation_model.") or ".lora_A." in key]
+        if foreign:
+            raise ForeignTensor(path, foreign[0], found="a tensor of a mixture", expected="a plain model's weights")
         check_finite(tensors, path)
     if is_dylora_config(config):
         files.warn("config.json says DyLoRA-MoE, but the weights are a plain model: there are no experts to route")

@@ -7,7 +7,9 @@ import io
 import json
 import os
 import pickle
+import re
 import struct
+import time
 import zipfile
 from pathlib import Path
 
@@ -18,7 +20,7 @@ from safetensors.torch import load_file, save_file
 from dylo_moe.errors import CheckpointError, DtypeUnsupported, InvalidField, NonFiniteTensor, UnreadableFile
 from dylo_moe.formats.files import CheckpointFiles
 from dylo_moe.formats.jsonfile import parse_json
-from dylo_moe.formats.patterns import fullmatch, natural_sorted, pattern_value
+from dylo_moe.formats.patterns import MatchBudget, fullmatch, natural_sorted, pattern_value
 from dylo_moe.formats.pickle_file import convert_pickles, run_child
 from dylo_moe.formats.safetensors_file import MAX_TENSORS, load_tensors
 
@@ -197,18 +199,38 @@ def test_pickled_tree_equals_what_was_saved(tmp_path):
     assert files.hashes == {"a.pt": hashlib.sha256(path.read_bytes()).hexdigest()}
 
 
-def test_patterns_match_as_peft_does():
-    from peft.utils.other import get_pattern_key
-
-    patterns = {"q_proj": 1, r"layers\.1\.v_proj": 2, r".*\.k_proj": 3, "a|o_proj": 4}
-    for module in ("q_proj", "x.q_proj", "xq_proj", "m.layers.1.v_proj", "m.layers.11.v_proj", "m.k_proj", "m.o_proj", "b.a"):
-        theirs = patterns.get(get_pattern_key(patterns, module), 0)
-        assert pattern_value(patterns, module, 0, file=FILE, field="rank_pattern") == theirs, module
+def test_patterns_match_as_pefts_expression_does():
+    patterns = ("q_proj", r"layers\.1\.v_proj", "layers.1.v_proj", r".*\.k_proj", "a|o_proj", "m.k_proj", "(x|b).a", "l.yers.1")
+    modules = (
+        "q_proj",
+        "x.q_proj",
+        "xq_proj",
+        "m.layers.1.v_proj",
+        "m.layers.11.v_proj",
+        "m.k_proj",
+        "m.o_proj",
+        "b.a",
+        "mxk_proj",
+    )
+    for pattern in patterns:
+        for module in (*modules, "layersx1.v_proj", "layers.1"):
+            wanted = re.match(rf"(.*\.)?({pattern})$", module) is not None  # peft.utils.other.get_pattern_key
+            found = pattern_value({pattern: True}, module, False, file=FILE, field="rank_pattern", budget=MatchBudget())
+            assert found == wanted, (pattern, module)
 
 
 def test_hostile_pattern_is_stopped():
     with pytest.raises(CheckpointError, match="takes more than"):
-        fullmatch("(.|.)*[A-Z]", "model.layers.0.self_attn.q_proj", file=FILE, field="target_modules")
+        fullmatch("(.|.)*[A-Z]", "model.layers.0.self_attn.q_proj", file=FILE, field="target_modules", budget=MatchBudget())
+
+
+def test_many_slow_patterns_share_one_budget():
+    patterns = {f"(.|.){{{number}}}[A-Z]": 1 for number in range(10, 10_000)}
+    started = time.monotonic()
+    with pytest.raises(CheckpointError, match="rank_pattern"):
+        for _ in range(1_000):
+            pattern_value(patterns, "model.layers.0.q_proj", 0, file=FILE, field="rank_pattern", budget=MatchBudget(0.5))
+    assert time.monotonic() - started < 5
 
 
 def test_names_sort_by_their_numbers():

@@ -6,7 +6,7 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
-from dylo_moe.errors import InvalidField
+from dylo_moe.errors import ForeignTensor, InvalidField
 from dylo_moe.formats import detect_model_format, read_checkpoint
 from tests.unit.formats import written
 
@@ -222,3 +222,11 @@ def test_reading_leaves_the_directory_as_it_was(tmp_path):
     read_checkpoint(path)
     after = {entry: (entry.stat().st_mtime_ns, entry.read_bytes()) for entry in path.rglob("*") if entry.is_file()}
     assert before == after
+
+
+def test_pickled_plain_model_that_holds_a_mixture_is_refused(tmp_path):
+    written.base(tmp_path)
+    (tmp_path / "model.safetensors").unlink()
+    torch.save(written.full_state(), tmp_path / "pytorch_model.bin")
+    with pytest.raises(ForeignTensor, match="foundation_model"):
+        read_checkpoint(tmp_path)
