@@ -210,11 +210,12 @@ class Workings:
             raise NotApplicable(f"the subject's {getattr(function, '__name__', 'function')} has no option {name}")
 
     def permuted_gate(self, order: Sequence[int]) -> Gate | None:
-        """The gate with its experts in another order."""
-        gate = self.reference.router
+        """The gate of these experts in this order; of fewer experts than it chooses, it chooses all."""
+        gate, rows = self.reference.router, list(order)
         if gate is None:
             return None
-        return replace(gate, weight=gate.weight[list(order)], bias=None if gate.bias is None else gate.bias[list(order)])
+        bias = None if gate.bias is None else gate.bias[rows]
+        return replace(gate, weight=gate.weight[rows], bias=bias, top_k=min(gate.top_k, len(rows)))
 
 
 def workings(bench: Bench) -> Workings:

@@ -22,6 +22,7 @@ from harness.workings import Workings, workings
 
 NEW_TOKENS = 6
 SAMPLES = 1000
+FEW = 8  # experts; an ensemble of more costs as many passes for every token, so fewer prompts are asked
 FALSE_ALARM = 1e-6  # of the one statistical check, per run
 ILLEGAL = ("single:{experts}", "single:-1", "single:x", "single:", "nonsense", "")
 
@@ -56,8 +57,8 @@ def check_router_equals_recompute(bench: Bench) -> None:
         whole = torch.cat([prompt.cpu(), torch.tensor(want)])[None]
         if not w.near_tie(whole, None).any():
             _same_text(w, got, want, prompt, lambda ids: w.reference.logits(ids[None])[0, -1])
-    alone = [w.reference.greedy(bench.prompts[0], NEW_TOKENS, lambda ids, e=e: _single(w, ids, e))[0] for e in range(w.experts)]
-    if w.experts > 1 and all(w.reference.greedy(bench.prompts[0], NEW_TOKENS)[0] == text for text in alone):
+    routed = w.reference.greedy(bench.prompts[0], NEW_TOKENS)[0]
+    if w.experts > 1 and all(routed == _text_of(w, bench.prompts[0], expert) for expert in range(w.experts)):
         raise Void("every expert alone writes what the router writes")
 
 
@@ -90,7 +91,7 @@ def check_ensemble_equals_mixture(bench: Bench) -> None:
     Tolerance: none but a near tie of probabilities, within twice what the bound on logits can move one.
     """
     w = _generating(bench)
-    for prompt in bench.prompts:
+    for prompt in bench.prompts if w.experts <= FEW else bench.prompts[:1]:
         want, _ = w.reference.greedy(prompt, NEW_TOKENS, w.reference.ensemble_probabilities)
         _same_text(w, _generate(w, prompt, strategy="ensemble"), want, prompt, w.reference.ensemble_probabilities)
     _need_different_texts(w, bench.prompts[0])
@@ -241,7 +242,7 @@ def _single(w: Workings, ids: Tensor, expert: int) -> np.ndarray:
 
 def _same_as_expert(w: Workings, got: list[int], prompt: Tensor, expert: int) -> None:
     __tracebackhide__ = True
-    want, _ = w.reference.greedy(prompt, NEW_TOKENS, lambda ids: _single(w, ids, expert))
+    want = _text_of(w, prompt, expert)
     _same_text(w, got, want, prompt, lambda ids: _single(w, ids, expert))
 
 
@@ -271,9 +272,13 @@ def _need_different_texts(w: Workings, prompt: Tensor) -> None:
     """Void unless two experts write different texts after this prompt: otherwise any expert would have passed."""
     if w.experts == 1:
         return
-    texts = {tuple(w.reference.greedy(prompt, NEW_TOKENS, lambda ids, e=e: _single(w, ids, e))[0]) for e in range(w.experts)}
-    if len(texts) == 1:
+    first = _text_of(w, prompt, 0)
+    if all(_text_of(w, prompt, expert) == first for expert in range(1, w.experts)):
         raise Void("all experts write the same text")
+
+
+def _text_of(w: Workings, prompt: Tensor, expert: int) -> list[int]:
+    return w.reference.greedy(prompt, NEW_TOKENS, lambda ids: _single(w, ids, expert))[0]
 
 
 def _refusal(w: Workings, prompt: Tensor, strategy: str) -> str:

@@ -98,7 +98,7 @@ CORRECT = [
     ("llama", "base", {"seed": 1, "use_rslora": True}),
     ("gpt2", "layer", {"seed": 2, "top_k": 2, "num_experts": 3}),
     ("gemma", "all_experts", {"seed": 3, "targets": "all-linear", "num_experts": 2}),
-    ("qwen", "embedding", {"seed": 4, "num_experts": 11, "top_k": 3}),
+    ("qwen", "embedding", {"seed": 4, "num_experts": 5, "top_k": 3}),
     ("llama", "base", {"seed": 5, "num_experts": 1}),
 ]
 
