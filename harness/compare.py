@@ -76,9 +76,10 @@ def recording() -> Iterator[list[Comparison]]:
 def assert_within(got: object, want: object, bound: object, *, effect: object | None = None, what: str = "") -> Comparison:
     """Require |got - want| <= bound at every element.
 
-    got, want: tensors, arrays or numbers of one shape; compared in float64. bound: a number or an array that broadcasts
-    to it. effect: the experts' effect on this quantity, a number or an array whose largest magnitude counts. Raises
-    Mismatch naming the worst element, a NaN or infinity anywhere in got or want, or the two shapes; Void when the
+    got, want: tensors, arrays or numbers of one shape; compared in float64.
+    bound: a number or an array that broadcasts to that shape.
+    effect: the experts' effect on this quantity, a number or an array whose largest magnitude counts.
+    Raises Mismatch naming the worst element, a NaN or infinity anywhere in got or want, or the two shapes; Void when the
     comparison passes but effect < 100 * max(bound), because then a wrong expert would have passed too.
     """
     __tracebackhide__ = True

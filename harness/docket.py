@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from dylo_moe import detect_model_format, read_checkpoint
-from dylo_moe.errors import CheckpointError, DyloMoeError
+from dylo_moe.errors import CheckpointError, DyloMoeError, UnknownFormat
 from harness.bench import Bench
 from harness.builtin import BUILT_IN, Exhibit
 from harness.catalogue import Law
@@ -89,19 +89,22 @@ def _format(subject: object, checkpoint: Path) -> str:
 
 
 def _preflight(bench: Bench) -> dict[str, Any]:
-    """Loads the user's checkpoint once, so that an unusable one is one line and not a list of failed checks.
+    """Reads and loads the user's checkpoint once, so that an unusable one is one line and not a list of failed checks.
 
-    Another implementation may read formats that dylo_moe does not, and may fail in its own way on a damaged file: so its failure
-    is the checkpoint's only where dylo_moe refuses the checkpoint too. Otherwise the checks report it.
+    A format that dylo_moe does not know may still be one that the subject reads. In every format that it does know, a checkpoint
+    that it refuses is defective, whatever the subject makes of it. Any other failure to load is left to the checks to report.
     """
+    try:
+        checkpoint = read_checkpoint(bench.checkpoint, **bench.assume)
+    except UnknownFormat:
+        checkpoint = None
     try:
         bench.model  # noqa: B018  (loaded here, kept for the checks)
     except DyloMoeError:
         raise
-    except Exception:  # noqa: BLE001  (whatever the subject raises; see above)
-        read_checkpoint(bench.checkpoint)
-    try:
-        checkpoint = read_checkpoint(bench.checkpoint)
-    except CheckpointError:
+    except Exception:  # noqa: BLE001  (whatever a subject raises: the checks will tell)
+        if checkpoint is None:
+            read_checkpoint(bench.checkpoint, **bench.assume)
+    if checkpoint is None:
         return {}
     return {"warnings": list(checkpoint.warnings), "assumptions": dict(checkpoint.assumptions)}

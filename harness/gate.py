@@ -130,7 +130,13 @@ def _entry(path: Path, where: str, entry: object, fields: Mapping[str, type]) ->
 def problems(gate: Gate, checkpoints: Sequence[Mapping], calibration: Sequence[Mapping]) -> list[Problem]:
     """Everything that stands between these results and a pass, in the order in which it was found."""
     found = [
-        Problem("judge", "", item["id"], item["outcome"], item["message"])
+        Problem(
+            "judge" if item["outcome"] in (outcome.FAIL, outcome.ERROR) else "undecided",
+            "",
+            item["id"],
+            item["outcome"],
+            item["message"],
+        )
         for item in calibration
         if item["outcome"] not in (outcome.PASS, outcome.NOT_APPLICABLE)
     ]

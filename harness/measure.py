@@ -107,24 +107,28 @@ def ratio_of(times: list[tuple[float, float]], rng: np.random.Generator) -> Pair
     )
 
 
-def assert_ratio_at_most(timer: PairedTimer, limit: float, *, what: str, most_pairs: int = MOST_PAIRS) -> PairedRatio:
+def assert_ratio_at_most(
+    timer: PairedTimer, limit: float, *, what: str, tell: Callable[[PairedRatio], None] = lambda found: None
+) -> PairedRatio:
     """Require time of A <= limit * time of B.
 
     Passes when the ratio of the minima, or the upper bound of the median ratio, is within the limit; raises Mismatch
-    when the lower bound is above it; otherwise doubles the number of pairs, and raises Inconclusive after `most_pairs`.
+    when the lower bound is above it; otherwise doubles the number of pairs, and raises Inconclusive after MOST_PAIRS. `tell` is
+    called with every estimate.
     """
     __tracebackhide__ = True
     found = timer.more(FIRST_PAIRS)
     while True:
+        tell(found)
         comparison = Comparison(what, (), found.ratio, limit, 0.0, found.low / limit)
         if found.of_minima <= limit or found.high <= limit:
             return found
         if found.low > limit:
             record(comparison)
             raise Mismatch(f"{what}: {_told(found, limit)}", comparison)
-        if found.pairs >= most_pairs:
+        if found.pairs >= MOST_PAIRS:
             raise Inconclusive(f"{what}: {_told(found, limit)}: cannot tell; run it on a quieter machine")
-        found = timer.more(min(found.pairs, most_pairs - found.pairs))
+        found = timer.more(min(found.pairs, MOST_PAIRS - found.pairs))
 
 
 def _told(found: PairedRatio, limit: float) -> str:

@@ -11,6 +11,7 @@ from rich.markup import escape
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextColumn, TimeElapsedColumn
 
 from harness import outcome
+from harness.verdict import one_line
 
 COLOURS = {
     outcome.PASS: "green",
@@ -60,7 +61,7 @@ class Display:
             self._progress.update(self._task, advance=1, counts=self._told())
         if self._verbose:
             colour = COLOURS[result["outcome"]]
-            message = f"  {escape(result['message'])}" if result["message"] else ""
+            message = f"  {escape(one_line(result['message']))}" if result["message"] else ""
             self.console.print(f"  [{colour}]{result['outcome']:<14}[/] {result['id']} {result['seconds']:.2f} s{message}")
 
     def finish(self) -> None:

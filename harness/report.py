@@ -13,6 +13,7 @@ from jinja2 import Environment, FileSystemLoader, StrictUndefined
 from markupsafe import Markup
 
 from harness import outcome, pictures
+from harness.verdict import one_line
 
 MARKS = {
     outcome.PASS: "✓",
@@ -68,10 +69,13 @@ def text(verdict: Mapping, outputs: Mapping[str, Path]) -> str:
     lines = ["", f"{verdict['verdict'].upper()}  {counts}  ({verdict['seconds']:.0f} s)"]
     again = {(c["name"], check["id"]): check.get("reproduce") for c in verdict["checkpoints"] for check in c["checks"]}
     for problem in verdict["problems"][:SHOWN_PROBLEMS]:
-        lines += ["", f"  {problem['kind']}: {problem['check']} on {problem['checkpoint'] or 'the judge'} ({problem['outcome']})"]
-        lines += [f"    {_flat(problem['message'])}"]
+        lines += [
+            "",
+            f"  {problem['kind']}: {problem['check']} on {one_line(problem['checkpoint']) or 'the judge'} ({problem['outcome']})",
+        ]
+        lines += [f"    {one_line(problem['message'])}"]
         command = again.get((problem["checkpoint"], problem["check"]))
-        lines += [f"    again: {command}"] if command else []
+        lines += [f"    again: {one_line(command)}"] if command else []
     hidden = len(verdict["problems"]) - SHOWN_PROBLEMS
     lines += ["", f"  and {hidden} more in the report"] if hidden > 0 else []
     lines += ["", *(f"{name.replace('_', ' '):<10} {path}" for name, path in outputs.items())]
@@ -111,12 +115,7 @@ def _environment(*, autoescape: bool) -> Environment:
 
 def _markdown(value: object) -> str:
     """Text that Markdown shows as it is, on one line of a table; links, mentions and HTML included."""
-    return MARKDOWN_SPECIAL.sub(r"\\\1", _flat(str(value))).replace("\\<", "&lt;").replace("\\@", "@&#8203;")
-
-
-def _flat(value: str, limit: int = 600) -> str:
-    flat = " ".join("".join(c if c.isprintable() else " " for c in value).split())
-    return flat if len(flat) <= limit else f"{flat[: limit - 3]}..."
+    return MARKDOWN_SPECIAL.sub(r"\\\1", one_line(str(value))).replace("\\<", "&lt;").replace("\\@", "@&#8203;")
 
 
 def _xml(value: str) -> str:

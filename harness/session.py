@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import sys
 import tempfile
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
@@ -29,7 +30,10 @@ def run_checks(bench: Bench, laws: Sequence[Law], notify: Callable[[dict], None]
     plugin = JudgePlugin(bench, {law.id for law in laws}, notify)
     with _isolated() as ini:
         files = sorted({str(law.file) for law in laws})
-        code = pytest.main([*_options(ini, laws[0].file.parent), *files], plugins=[plugin])
+        try:
+            code = pytest.main([*_options(ini), *files], plugins=[plugin])
+        finally:
+            _forget(files)
     done = {result["id"]: result for result in plugin.results}
     silent = "; ".join(plugin.judge_failures) or f"pytest ended with code {int(code)} and no result of this check"
     results = []
@@ -41,9 +45,10 @@ def run_checks(bench: Bench, laws: Sequence[Law], notify: Callable[[dict], None]
     return results
 
 
-def _options(ini: Path, rootdir: Path) -> list[str]:
+def _options(ini: Path) -> list[str]:
     return [
-        f"--rootdir={rootdir}",
+        # pytest names a module by its path below this and takes a module of that name that it finds: json.py would be json.
+        f"--rootdir={ini.anchor}",
         "-c",
         str(ini),
         "--noconftest",
@@ -75,6 +80,13 @@ def _isolated() -> Iterator[Path]:
                     os.environ[name] = before[name]
                 else:
                     os.environ.pop(name, None)
+
+
+def _forget(files: Sequence[str]) -> None:
+    """Takes check files outside this package out of sys.modules, so that the next run reads them again."""
+    for name, module in list(sys.modules.items()):
+        if getattr(module, "__file__", None) in files and not name.startswith("harness."):
+            del sys.modules[name]
 
 
 def _no_result(law: Law, said: str) -> dict:

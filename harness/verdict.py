@@ -46,6 +46,12 @@ def number(value: object) -> float:
     return float(value)
 
 
+def one_line(text: str, limit: int = 600) -> str:
+    """The text on one line, without characters that a terminal would obey."""
+    flat = " ".join("".join(character if character.isprintable() else " " for character in text).split())
+    return flat if len(flat) <= limit else f"{flat[: limit - 3]}..."
+
+
 def counts(checkpoints: Sequence[Mapping]) -> dict[str, int]:
     """How many checks ended as what, every outcome named."""
     found = Counter(check["outcome"] for checkpoint in checkpoints for check in checkpoint["checks"])

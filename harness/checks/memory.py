@@ -20,7 +20,8 @@ def check_forward_peak(bench: Bench) -> None:
     """A routed pass needs hardly more memory than a pass with one expert alone.
 
     Reason: users were promised at most 10 % more; an implementation that holds every expert's output at once breaks that
-    silently. Tolerance: peak_memory_ratio, on counted bytes; not below hidden size 128, where the ranks are not small beside it.
+    silently.
+    Tolerance: peak_memory_ratio, on counted bytes; not below hidden size 128, where the ranks are not small beside it.
     """
     hidden = bench.model.config.hidden_size
     if hidden < SMALLEST_HIDDEN:
