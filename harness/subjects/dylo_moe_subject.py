@@ -36,6 +36,11 @@ class DyloMoeSubject:
 
         return PeftMoEDecoder(str(checkpoint), **options)
 
+    def run_codegen(self, checkpoint: Path, dataset: str, **options: object) -> str:
+        from dylo_moe.evalplus import run_codegen  # noqa: PLC0415
+
+        return run_codegen(str(checkpoint), dataset, backend="peft_moe", **options)
+
 
 def make() -> DyloMoeSubject:
     return DyloMoeSubject()

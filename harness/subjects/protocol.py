@@ -66,3 +66,7 @@ class DecodingSubject(Subject, Protocol):
     """A subject that writes EvalPlus samples; see harness/checks/decoder.py for what is asked of the decoder."""
 
     def decoder(self, checkpoint: Path, **options: object) -> object: ...
+
+    def run_codegen(self, checkpoint: Path, dataset: str, **options: object) -> str:
+        """Write the samples of a task set, EvalPlus's options and routing_strategy given; returns the sample file's path."""
+        ...

@@ -13,9 +13,8 @@ from dylo_moe.errors import ScoringError
 from dylo_moe.tasks import TaskSet
 from dylo_moe.worker import Worker, WorkerGone
 
-PASS, FAIL, TIMEOUT = "pass", "fail", "timeout"
-# EvalPlus gives one check at most 60 s and a few more to end; a part needs at most two checks, a solution two parts.
-ANSWER_SECONDS = 300.0
+PASS, FAIL = "pass", "fail"
+RUN_SECONDS = 70.0  # EvalPlus gives one run at most 60 s, and a few more to end
 TRUTH_SECONDS = 300.0
 MIN_TIME_LIMIT = 4.0  # EvalPlus's main branch; 1 s fails canonical solutions on a loaded machine
 
@@ -92,31 +91,37 @@ def _score_share(task_set: TaskSet, groups: Iterable[list[Sample]], limits: Limi
     scores = []
     with Worker("dylo_moe.scoring_worker") as worker:
         for group in groups:
-            ready = False
+            seconds = 0.0
             for sample in group:
-                if not ready:
-                    _prepare(worker, task_set, sample.task_id)
-                parts, ready = _check(worker, sample, limits)
-                scores.append(Score(sample, parts))
+                seconds = seconds or _prepare(worker, task_set, sample.task_id)
+                parts = _check(worker, sample, limits, seconds)
+                scores.append(Score(sample, parts or _lost(limits)))
+                seconds = seconds if parts else 0.0
     return scores
 
 
-def _prepare(worker: Worker, task_set: TaskSet, task_id: str) -> None:
+def _prepare(worker: Worker, task_set: TaskSet, task_id: str) -> float:
+    """Makes the worker ready for a task; returns the seconds within which it answers for one sample."""
     try:
-        worker.ask({"dataset": task_set.dataset, "task": task_set.tasks[task_id]}, TRUTH_SECONDS)
+        answer = worker.ask({"dataset": task_set.dataset, "task": task_set.tasks[task_id]}, TRUTH_SECONDS)
     except WorkerGone as gone:
         raise ScoringError(f"{task_set.path}: {task_id}: its canonical solution cannot be run: {gone}") from None
+    return RUN_SECONDS * answer["runs"]
 
 
-def _check(worker: Worker, sample: Sample, limits: Limits) -> tuple[dict[str, dict[str, Any]], bool]:
-    """The statuses of one sample, and whether the worker is still there."""
+def _check(worker: Worker, sample: Sample, limits: Limits, seconds: float) -> dict[str, dict[str, Any]] | None:
+    """The statuses of one sample; None if the worker did not survive it."""
     question = {"solution": sample.solution, "parts": limits.parts, "options": limits.for_evalplus()}
     try:
-        return worker.ask(question, ANSWER_SECONDS), True
-    except WorkerGone as gone:
-        status = TIMEOUT if gone.late else FAIL
-        lost = {"stock": status, "ours": status, "reason": "", "seconds": ANSWER_SECONDS * gone.late, "failed": []}
-        return {part: lost for part in limits.parts}, False
+        return worker.ask(question, seconds)
+    except WorkerGone:
+        return None
+
+
+def _lost(limits: Limits) -> dict[str, dict[str, Any]]:
+    """Code that kills or outlasts the process that checks it has failed, here as there."""
+    lost = {"stock": FAIL, "ours": FAIL, "reason": "", "seconds": 0.0, "failed": []}
+    return dict.fromkeys(limits.parts, lost)
 
 
 def _ran_out_of_time(score: Score, limits: Limits) -> bool:

@@ -25,6 +25,9 @@ from dylo_moe.worker import serve
 
 FLOAT_ATOL = 1e-6  # EvalPlus's, for expected floats where the task gives no tolerance
 FLOAT_RTOL = 1e-7
+# EvalPlus ends a check after 60 s whatever its inputs are allowed. Mbpp/599's canonical solution takes 20 s on an idle core, and
+# more than 60 s on a loaded one, so inputs are checked in runs of so many seconds of the canonical solution each.
+RUN_SECONDS = 5.0
 ROOT_REASON = "EvalPlus never counts an input of HumanEval/32 as passed"
 COMPARISON_REASON = "EvalPlus keeps the tolerance of an earlier input, or broadcasts"
 _ROOT_ENTRY = "dylo_moe_is_root"
@@ -67,7 +70,7 @@ class Task:
         self.seconds: dict[str, list[float]] = {}
         for part in ("base", "plus"):
             inputs = record[f"{part}_input"]
-            self.parts[part] = mbpp_deserialize_inputs(self.id, inputs) if dataset == "mbpp" else inputs
+            self.parts[part] = list(mbpp_deserialize_inputs(self.id, inputs) if dataset == "mbpp" else inputs)
             self.expected[part], self.seconds[part] = trusted_exec(
                 record["prompt"] + record["canonical_solution"],
                 self.parts[part],
@@ -75,6 +78,7 @@ class Task:
                 record_time=True,
                 output_not_none=self.entry_point in MBPP_OUTPUT_NOT_NONE_TASKS,
             )
+        self.runs = {part: _runs(seconds) for part, seconds in self.seconds.items()}
 
     def check(self, part: str, solution: str, options: dict[str, Any]) -> dict[str, Any]:
         """Statuses of one solution on one part: {"stock", "ours", "reason", "seconds", "failed"}.
@@ -116,8 +120,20 @@ class Task:
         return json.loads(json.dumps(failed, default=repr))
 
 
+def _runs(seconds: list[float]) -> list[slice]:
+    """Consecutive inputs that take the canonical solution at most RUN_SECONDS together, or one that takes more."""
+    starts, total = [0], 0.0
+    for index, took in enumerate(seconds):
+        if index > starts[-1] and total + took > RUN_SECONDS:
+            starts, total = [*starts, index], 0.0
+        total += took
+    return [slice(a, b) for a, b in zip(starts, [*starts[1:], len(seconds)], strict=True)]
+
+
 def main() -> None:
-    """Answers {"dataset", "task"} with {} once its expected outputs are known, and {"solution", ...} with its statuses."""
+    """Answers {"dataset", "task"} once its expected outputs are known, with the number of runs that one solution takes at
+    most, and {"solution", "parts", "options"} with the statuses of its parts.
+    """
     multiprocessing.set_start_method("fork")  # EvalPlus hands Values and Arrays over; this process holds no model
     task: Task | None = None
 
@@ -125,7 +141,7 @@ def main() -> None:
         nonlocal task
         if "task" in question:
             task = Task(question["dataset"], question["task"])
-            return {}
+            return {"runs": 2 * sum(map(len, task.runs.values()))}
         return {part: task.check(part, question["solution"], question["options"]) for part in question["parts"]}
 
     serve(answer)

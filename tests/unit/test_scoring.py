@@ -92,6 +92,17 @@ def test_sample_that_ran_out_of_time_is_measured_again_alone(monkeypatch, tmp_pa
     assert not wrong.measured_alone and not wrong.passed("ours", ["base"])
 
 
+def test_inputs_that_take_long_are_checked_in_several_runs(monkeypatch, tmp_path):
+    body = "    import time\n    time.sleep(x[0])\n    return x[1]\n"
+    tasks = task_set(monkeypatch, tmp_path, task(0, "f", body, [[[3, 1]], [[3, 2]], [[0, 3]]]))
+    wrong = "def f(x):\n    return 2 * (x[1] == 2) or 1\n"
+    (score_of_wrong, score_of_right) = score(
+        tasks, [Sample("HumanEval/0", 0, wrong), Sample("HumanEval/0", 1, "def f(x):\n    return x[1]\n")], Limits(base_only=True)
+    )
+    assert score_of_wrong.parts["base"]["failed"] == [[[0, 3]]]
+    assert score_of_right.passed("ours", ["base"])
+
+
 def test_tolerance_of_an_earlier_input_does_not_let_a_wrong_integer_pass(monkeypatch, tmp_path):
     body = "    return 1.5 if x == 0 else 10 ** 8\n"
     tasks = task_set(monkeypatch, tmp_path, task(0, "f", body, [[0], [1]]))
@@ -156,7 +167,7 @@ def test_child_that_does_not_answer_is_killed_and_replaced():
         with pytest.raises(WorkerGone, match="within 1 s") as gone:
             worker.ask({"dataset": "humaneval", "task": loop}, 1)
         assert gone.value.late
-        assert worker.ask({"dataset": "humaneval", "task": task(0, "f", "    return x\n", [[0]])}, 60) == {}
+        assert worker.ask({"dataset": "humaneval", "task": task(0, "f", "    return x\n", [[0]])}, 60) == {"runs": 4}
 
 
 def summary(tasks, samples, limits=QUICK):
