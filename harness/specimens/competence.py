@@ -5,7 +5,7 @@ to answer `return 'expert_i'`, which is wrong for every task and tells who spoke
 each task to the expert that knows it. So every pass or fail, and every character of every answer, is known for each
 strategy, and a subject that swaps, sums, scales or forgets experts cannot score the same.
 
-    planted = plant(directory)                       three experts, six tasks each: about ten seconds on one core
+    planted = plant(directory)                       three experts, six tasks each: some 13 s on one core
     planted.expected["single:1"]["HumanEval/3"]      the text that follows the prompt
     planted.known_matrix["single:1"]["HumanEval/3"]  whether EvalPlus passes it
 

@@ -106,7 +106,7 @@ def fit_gate(features: Tensor, labels: Tensor, num_experts: int) -> tuple[nn.Lin
     Tokens that look alike under several labels cannot all be told apart. The later rounds take the decisions of the
     one before as labels, so that what was decided narrowly is decided clearly, and rounding cannot change it.
     """
-    gate = nn.Linear(features.shape[-1], num_experts)
+    gate = nn.utils.skip_init(nn.Linear, features.shape[-1], num_experts)  # draws no random numbers
     nn.init.zeros_(gate.weight)
     nn.init.zeros_(gate.bias)
     for _ in range(GATE_ROUNDS):
