@@ -193,7 +193,7 @@ def _router_and_config(checkpoint: Checkpoint) -> tuple[DynamicHybridRouter | No
         return None, MoELoraConfig(num_experts=checkpoint.num_experts, **checkpoint.load_balance)
     router = DynamicHybridRouter(state.hidden_size, state.num_experts, state.top_k, state.temperature)
     router.gate.weight.data = state.weight.clone()
-    router.gate.bias.data = torch.zeros_like(state.weight[:, 0]) if state.bias is None else state.bias.clone()
+    router.gate.bias.data = state.bias.clone()
     config = MoELoraConfig(
         num_experts=checkpoint.num_experts,
         top_k_experts=state.top_k,

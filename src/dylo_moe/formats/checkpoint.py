@@ -49,10 +49,10 @@ class Expert:
 
 @dataclass(frozen=True)
 class RouterState:
-    """A DynamicHybridRouter on disk. weight: (experts, hidden); bias: (experts,) or None."""
+    """A DynamicHybridRouter on disk. weight: (experts, hidden); bias: (experts,)."""
 
     weight: Tensor
-    bias: Tensor | None
+    bias: Tensor
     features: str
     top_k: int = 1
     temperature: float = 2.0

@@ -197,7 +197,5 @@ def _with_recorded_settings(files: CheckpointFiles, gate: Gate) -> Gate:
     return gate
 
 
-def _same(first: Tensor | None, second: Tensor | None) -> bool:
-    if first is None or second is None:
-        return first is second
+def _same(first: Tensor, second: Tensor) -> bool:
     return first.shape == second.shape and torch.equal(first, second.to(first.dtype))

@@ -73,7 +73,7 @@ def _write_files(directory: Path, checkpoint: Checkpoint) -> None:
         _write_expert(directory / EXPERTS / expert.name, expert, checkpoint.base_model)
     router = checkpoint.router
     if router is not None:
-        gate = {"gate.weight": router.weight} | ({} if router.bias is None else {"gate.bias": router.bias})
+        gate = {"gate.weight": router.weight, "gate.bias": router.bias}
         _save(directory / ROUTER, gate)
     if checkpoint.tokenizer is not None:
         for path in tokenizer_files(checkpoint.tokenizer):

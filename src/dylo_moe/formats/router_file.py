@@ -37,7 +37,7 @@ class Gate:
 
     file: Path
     weight: Tensor
-    bias: Tensor | None
+    bias: Tensor
     recorded: Mapping[str, Any]
 
 
@@ -70,14 +70,15 @@ def gate_from(tensors: Mapping[str, object], recorded: Mapping[str, Any], file: 
             raise ForeignTensor(file, key, found=type(value).__name__, expected="a tensor")
     gate_infos({key: TensorInfo(value.dtype, tuple(value.shape)) for key, value in tensors.items()}, file)
     check_finite(tensors, file)
-    return Gate(file, tensors["gate.weight"], tensors.get("gate.bias"), recorded)
+    return Gate(file, tensors["gate.weight"], tensors["gate.bias"], recorded)
 
 
 def gate_infos(header: Mapping[str, TensorInfo], file: Path) -> None:
-    """Raises unless the header holds exactly gate.weight (experts, hidden) and, optionally, gate.bias (experts,)."""
-    if "gate.weight" not in header:
-        found = f"tensors {', '.join(sorted(header))[:200] or 'none'}"
-        raise GateMissing(file, "gate.weight", found=found, expected="gate.weight (experts, hidden)")
+    """Raises unless the header holds exactly gate.weight (experts, hidden) and gate.bias (experts,)."""
+    for key, shape in (("gate.weight", "(experts, hidden)"), ("gate.bias", "(experts,)")):
+        if key not in header:
+            found = f"tensors {', '.join(sorted(header))[:200] or 'none'}"
+            raise GateMissing(file, key, found=found, expected=f"{key} {shape}")
     for key, info in header.items():
         if key not in ("gate.weight", "gate.bias"):
             raise ForeignTensor(file, key, found="a tensor", expected="only gate.weight and gate.bias")
@@ -85,8 +86,8 @@ def gate_infos(header: Mapping[str, TensorInfo], file: Path) -> None:
     shape = header["gate.weight"].shape
     if len(shape) != 2 or 0 in shape:
         raise ShapeMismatch(file, "gate.weight", found=f"shape {shape}", expected="(experts, hidden)")
-    bias = header.get("gate.bias")
-    if bias is not None and bias.shape != shape[:1]:
+    bias = header["gate.bias"]
+    if bias.shape != shape[:1]:
         found = f"shape {bias.shape}, while gate.weight has {shape}"
         raise ShapeMismatch(file, "gate.bias", found=found, expected=f"{shape[:1]}")
 

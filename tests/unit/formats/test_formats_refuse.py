@@ -179,7 +179,8 @@ def test_gate_of_another_number_of_experts_is_a_count_mismatch(tmp_path):
 
 def test_transposed_gate_names_both_shapes(tmp_path):
     written.separated(tmp_path)
-    save_file({"gate.weight": written.gate()["gate.weight"].T.contiguous()}, tmp_path / "router.safetensors")
+    gate = written.gate()
+    save_file({**gate, "gate.weight": gate["gate.weight"].T.contiguous()}, tmp_path / "router.safetensors")
     message = assert_refused(tmp_path, errors.ShapeMismatch, "transposed")
     assert "(8, 2)" in message
     assert "(2, 8)" in message
