@@ -87,6 +87,8 @@ def gate_infos(header: Mapping[str, TensorInfo], file: Path) -> None:
     if len(shape) != 2 or 0 in shape:
         raise ShapeMismatch(file, "gate.weight", found=f"shape {shape}", expected="(experts, hidden)")
     bias = header["gate.bias"]
+    if bias.shape == shape[1:] != shape[:1]:
+        raise ShapeMismatch(file, "gate.weight", found=f"shape {shape}, transposed", expected=f"{shape[::-1]}, (experts, hidden)")
     if bias.shape != shape[:1]:
         found = f"shape {bias.shape}, while gate.weight has {shape}"
         raise ShapeMismatch(file, "gate.bias", found=found, expected=f"{shape[:1]}")
