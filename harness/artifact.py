@@ -151,7 +151,7 @@ def _foreign(path: Path, base_model: str | None, assume: dict[str, Any]) -> Arti
     )
     return Artifact(
         path=path,
-        base=base_model or checkpoint.base_model or (str(path) if checkpoint.format == "merged" else None),
+        base=str(path) if checkpoint.format == "merged" else base_model or checkpoint.base_model,
         names=tuple(expert.name for expert in checkpoint.experts),
         experts=experts,
         gate=_foreign_gate(checkpoint.router),

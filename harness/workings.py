@@ -119,10 +119,15 @@ class Workings:
 
     @torch.no_grad()
     def ask(self, model: nn.Module, ids: Tensor | None = None, mask: Tensor | None = None, **routing: object) -> Tensor:
-        """The model's logits, (B, S, V), for these or for the usual inputs."""
+        """The model's logits, (B, S, V), for these or for the usual inputs; by its router where no routing is given."""
         if ids is None:
             ids, mask = self.ids, self.mask
-        return model(ids, mask, **routing).logits
+        return model(ids, mask, **(routing or self.default_routing)).logits
+
+    @property
+    def default_routing(self) -> dict[str, object]:
+        """Nothing, so that the router decides; without a router the first expert, which every variant has."""
+        return {"expert_id": 0} if self.experts and self.reference.router is None else {}
 
     @cached_property
     def subject_logits(self) -> Tensor:

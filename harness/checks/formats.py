@@ -74,8 +74,7 @@ def check_directory_untouched(bench: Bench) -> None:
     before = _hashes(bench.checkpoint)
     w = workings(bench)
     model = w.load()
-    if w.experts:
-        w.ask(model, **({} if w.reference.router else {"expert_id": 0}))
+    w.ask(model)
     assert_equal(_hashes(bench.checkpoint), before, what="files of the checkpoint")
 
 

@@ -151,7 +151,7 @@ def check_cached_decode_equals_recompute(bench: Bench) -> None:
     prompt = w.ids.shape[1] - 5
     for start, end in [(0, prompt), *((t, t + 1) for t in range(prompt, w.ids.shape[1]))]:
         with torch.no_grad():
-            step = w.model(w.ids[:, start:end], w.mask[:, :end], past_key_values=cache, use_cache=True)
+            step = w.model(w.ids[:, start:end], w.mask[:, :end], past_key_values=cache, use_cache=True, **w.default_routing)
         cache = step.past_key_values
         pieces.append(step.logits)
     got = as_float64(torch.cat(pieces, dim=1))
@@ -186,7 +186,7 @@ def check_one_expert_equals_peft(bench: Bench) -> None:
     model = w.load(w.variant(w.reference.experts[:1], w.permuted_gate([0])))
     with torch.no_grad():
         want = w.peft(0)(**_plain_inputs(w)).logits
-    got = w.ask(model, **({} if w.reference.router else {"expert_id": 0}))
+    got = w.ask(model)
     w.same_logits(got, want, "one expert", twice=True)
 
 

@@ -100,6 +100,7 @@ CORRECT = [
     ("gemma", "all_experts", {"seed": 3, "targets": "all-linear", "num_experts": 2}),
     ("qwen", "embedding", {"seed": 4, "num_experts": 5, "top_k": 3}),
     ("llama", "base", {"seed": 5, "num_experts": 1}),
+    ("gpt2", "base", {"seed": 6, "num_experts": 2, "router": False}),
 ]
 
 
