@@ -15,7 +15,7 @@ import numpy as np
 import torch
 from safetensors.torch import load_file
 from torch import Tensor
-from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
+from transformers import CONFIG_MAPPING, AutoConfig, AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
 
 OWN_READING = "the judge's own reading of the files"
 SUBJECTS_READER = "dylo_moe.read_checkpoint: this layout has no second reader, so its reading is not judged"
@@ -80,14 +80,25 @@ def read_artifact(path: Path, base_model: str | None = None, assume: Mapping[str
 def load_base(artifact: Artifact, dtype: torch.dtype, attention: str | None = None) -> PreTrainedModel:
     """The base model alone, through transformers, in eval mode. attention: "eager", "sdpa" or None for the default."""
     options = {} if attention is None else {"attn_implementation": attention}
-    if artifact.base_state is not None and artifact.base_config is not None:
-        config = AutoConfig.for_model(**artifact.base_config)
+    config = _base_config(artifact)
+    if artifact.base_state is not None:
         model = AutoModelForCausalLM.from_config(config, dtype=dtype, **options)
         model.load_state_dict({name: tensor.to(dtype) for name, tensor in artifact.base_state.items()}, strict=False)
         model.tie_weights()
     else:
-        model = AutoModelForCausalLM.from_pretrained(artifact.base, dtype=dtype, **options)
+        model = AutoModelForCausalLM.from_pretrained(artifact.base, config=config, dtype=dtype, **options)
     return model.eval().requires_grad_(False)
+
+
+def _base_config(artifact: Artifact) -> PreTrainedConfig:
+    """The checkpoint's own copy of the base's configuration, or the base's; upstream renames its model_type."""
+    recorded = artifact.base_config or {}
+    types = [recorded.get("model_type"), recorded.get("_dylora_original_type")]
+    known = next((name for name in types if name in CONFIG_MAPPING), None)
+    if known is None:
+        return AutoConfig.from_pretrained(artifact.base)
+    fields = {name: value for name, value in recorded.items() if not name.startswith("_") and name != "model_type"}
+    return AutoConfig.for_model(known, **fields)
 
 
 def _native(path: Path, base_model: str | None) -> Artifact:
