@@ -103,7 +103,15 @@ class Task:
 
     def _run(self, part: str, code: str, entry_point: str, expected: list, options: dict[str, Any]) -> tuple[str, list[int]]:
         atol = self.atol if expected is self.expected[part] else 0
-        return untrusted_check(self.dataset, code, self.parts[part], entry_point, expected, atol, self.seconds[part], **options)
+        status, details = PASS, []
+        for run in self.runs[part]:
+            inputs, seconds = self.parts[part][run], self.seconds[part][run]
+            found, more = untrusted_check(self.dataset, code, inputs, entry_point, expected[run], atol, seconds, **options)
+            details += list(more)
+            status = found if status == PASS else status
+            if status != PASS and options["fast_check"]:
+                break
+        return status, details
 
     def _comparison_matters(self, part: str) -> bool:
         """Whether any comparison of this task may use a tolerance; without one both comparisons are `==`."""

@@ -95,7 +95,7 @@ def test_sample_that_ran_out_of_time_is_measured_again_alone(monkeypatch, tmp_pa
 def test_inputs_that_take_long_are_checked_in_several_runs(monkeypatch, tmp_path):
     body = "    import time\n    time.sleep(x[0])\n    return x[1]\n"
     tasks = task_set(monkeypatch, tmp_path, task(0, "f", body, [[[3, 1]], [[3, 2]], [[0, 3]]]))
-    wrong = "def f(x):\n    return 2 * (x[1] == 2) or 1\n"
+    wrong = "calls = []\ndef f(x):\n    calls.append(x)\n    return x[1] if len(calls) == 1 else 0\n"  # fails its second call
     (score_of_wrong, score_of_right) = score(
         tasks, [Sample("HumanEval/0", 0, wrong), Sample("HumanEval/0", 1, "def f(x):\n    return x[1]\n")], Limits(base_only=True)
     )
