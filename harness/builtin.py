@@ -44,7 +44,7 @@ def users_exhibit(checkpoint: Path) -> Exhibit:
 
 
 def _llama_base_features(directory: Path) -> Path:
-    base = write_base(directory / "base", "llama")
+    base = write_base(directory / "base", "llama", chat_template=True)
     return write_checkpoint(directory / "moe", base, num_experts=4, features="base")
 
 
@@ -100,7 +100,7 @@ def write_timing_base(directory: Path, *, hidden_size: int = 384, layers: int = 
 
 def _planted_competence(directory: Path) -> Path:
     """Experts that know disjoint programming tasks by heart, so that every score is known beforehand."""
-    return plant(directory).checkpoint
+    return plant(directory, tasks_per_expert=2).checkpoint
 
 
 BUILT_IN = (

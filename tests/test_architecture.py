@@ -35,6 +35,20 @@ JUDGED_ORDER = (
     "strategies",
     "model",
     "loading",
+    "atomic",
+    "identity",
+    "stopping",
+    "prompts",
+    "decoder",
+    "worker",
+    "tasks",
+    "sanitizing",
+    "samples",
+    "generating",
+    "scoring",
+    "results",
+    "evalplus",
+    "cli",
 )
 
 
@@ -130,6 +144,12 @@ def wrong_owners(root: Path) -> list[str]:
     return sorted(found)
 
 
+def unordered_files(root: Path) -> list[str]:
+    """Files of the judged that JUDGED_ORDER does not place; a *_worker.py is a program of its own."""
+    layers = {name.split(".")[1] for name in modules_of(root, "dylo_moe") if "." in name}
+    return sorted(name for name in layers if name not in JUDGED_ORDER and not name.endswith("_worker"))
+
+
 def impure_oracles(root: Path) -> list[str]:
     found = []
     for module, path in modules_of(root, "harness").items():
@@ -155,6 +175,14 @@ def test_package_has_modules_and_no_import_circle(package):
 
 def test_judged_imports_only_downwards():
     assert upward_imports(ROOT) == []
+
+
+def test_every_file_of_the_judged_has_its_place_in_the_order():
+    assert unordered_files(ROOT) == []
+
+
+def test_file_without_a_place_is_found(tmp_path):
+    assert unordered_files(tree(tmp_path, {"src/dylo_moe/extra.py": "", "src/dylo_moe/errors.py": ""})) == ["extra"]
 
 
 def test_judge_and_judged_keep_apart():
