@@ -23,6 +23,7 @@ from pathlib import Path
 
 from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
+from harness.measure import one_thread
 from harness.specimens.checkpoints import write_checkpoint
 from harness.specimens.memorising import Lesson
 from harness.specimens.pupil import write_pupil
@@ -133,7 +134,8 @@ def plant_records(directory: Path, groups: list[list[dict]], *, dataset: str, se
         seed=seed,
     )
     lessons = _lessons(groups, AutoTokenizer.from_pretrained(base))
-    margins = teach(checkpoint, base, lessons, features=features)
+    with one_thread():  # on shared cores a second thread makes this ten times slower, and weights depend on the number
+        margins = teach(checkpoint, base, lessons, features=features)
     ids = [[record["task_id"] for record in group] for group in groups]
     return Planted(checkpoint, base, task_file, dataset, ids, margins).write()
 
