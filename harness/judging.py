@@ -6,7 +6,7 @@ import shlex
 import tempfile
 import time
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
@@ -17,6 +17,7 @@ from harness.calibration import calibrate
 from harness.docket import Docket, Settings, open_docket
 from harness.gate import VERDICTS, exit_code, problems
 from harness.machine import describe_commit, describe_machine, environment_key, versions
+from harness.measure import one_thread
 from harness.progress import Display
 from harness.session import run_checks
 
@@ -33,7 +34,9 @@ def judge(settings: Settings, display: Display) -> dict:
         baseline = _baseline(settings, environment, dockets)
         ids = sorted({law.id for docket in dockets for law in docket.laws})
         calibration = calibrate(dockets[0].bench.checkpoint, settings.base_model, ids)
-        checkpoints = [_judge_one(settings, docket, display) for docket in dockets]
+        with nullcontext() if any(exhibit.is_users for exhibit in settings.exhibits) else one_thread():
+            # Specimens are so small that a second thread costs ten times what it saves on a shared machine.
+            checkpoints = [_judge_one(settings, docket, display) for docket in dockets]
     found = problems(settings.gate, checkpoints, calibration)
     found += regressions(settings.gate, baseline, checkpoints) if baseline else []
     code = exit_code(found)

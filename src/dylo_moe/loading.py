@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
@@ -40,8 +41,8 @@ def load_checkpoint(  # noqa: PLR0913 - from_pretrained's own habit: one option 
         path: the checkpoint's directory.
         base_model: a local directory, a hub id (the only way in which anything is fetched), or a loaded model, which is
             then wrapped in place; None takes what the checkpoint records.
-        dtype: of the base model, "auto" or None for the one it is stored in; experts keep theirs (16-bit ones become
-            float32, as in PEFT), the router its own.
+        dtype: of the base model, "auto" or None for the one it is stored in; experts and router keep theirs, except that
+            16-bit ones become float32, as in PEFT.
         device_map: as in transformers' from_pretrained.
         lora_alpha, top_k, temperature, router_features: for layouts whose files do not hold them, and to override.
         expect_hash: refuse files whose hash is another.
@@ -67,8 +68,8 @@ def load_checkpoint(  # noqa: PLR0913 - from_pretrained's own habit: one option 
         "attn_implementation": attn_implementation,
         "trust_remote_code": trust_remote_code,
     }
-    base, warnings = _base(checkpoint, base_model, {name: value for name, value in options.items() if value is not None})
-    checkpoint = replace(checkpoint, warnings=(*checkpoint.warnings, *warnings))
+    base, notes = _base(checkpoint, base_model, {name: value for name, value in options.items() if value is not None})
+    checkpoint = replace(checkpoint, warnings=(*checkpoint.warnings, *notes))
     if not checkpoint.experts:
         base.checkpoint = checkpoint
         return base.eval()
@@ -85,10 +86,13 @@ def add_experts(base: PreTrainedModel, experts: tuple[Expert, ...]) -> PeftModel
     peft_model: PeftModel | None = None
     for expert in experts:
         config = _lora_config(expert, fan_in_fan_out=any(isinstance(module, Conv1D) for module in base.modules()))
-        if peft_model is None:
-            peft_model = get_peft_model(base, config, adapter_name=expert.name)
-        else:
-            peft_model.add_adapter(expert.name, config)
+        with warnings.catch_warnings():
+            # PEFT 0.21 reads a property that transformers 5.23 deprecates; no user of ours can do anything about it.
+            warnings.filterwarnings("ignore", message="`is_gradient_checkpointing` is deprecated", category=FutureWarning)
+            if peft_model is None:
+                peft_model = get_peft_model(base, config, adapter_name=expert.name)
+            else:
+                peft_model.add_adapter(expert.name, config)
         _set_weights(peft_model, expert)
     return peft_model
 
@@ -106,8 +110,8 @@ def _base(
     location = resolve_base(checkpoint.base_model, given, checkpoint=checkpoint.path)
     if not Path(location).is_dir():  # a hub id that the user gave
         return AutoModelForCausalLM.from_pretrained(location, **options), ()
-    warnings = check_experts_fit_base(location, checkpoint.experts, checkpoint.router)
-    return _from_directory(location, read_base(location).config, options), warnings
+    notes = check_experts_fit_base(location, checkpoint.experts, checkpoint.router)
+    return _from_directory(location, read_base(location).config, options), notes
 
 
 def _from_directory(path: str | Path, fields: Mapping[str, Any], options: dict[str, Any]) -> PreTrainedModel:
@@ -192,8 +196,9 @@ def _router_and_config(checkpoint: Checkpoint) -> tuple[DynamicHybridRouter | No
     if state is None:
         return None, MoELoraConfig(num_experts=checkpoint.num_experts, **checkpoint.load_balance)
     router = DynamicHybridRouter(state.hidden_size, state.num_experts, state.top_k, state.temperature)
-    router.gate.weight.data = state.weight.clone()
-    router.gate.bias.data = state.bias.clone()
+    # A 16-bit gate would round weights to 3 digits; like the experts in PEFT, it computes in float32.
+    wide = torch.promote_types(state.weight.dtype, torch.float32)
+    router.gate.weight.data, router.gate.bias.data = state.weight.to(wide).clone(), state.bias.to(wide).clone()
     config = MoELoraConfig(
         num_experts=checkpoint.num_experts,
         top_k_experts=state.top_k,

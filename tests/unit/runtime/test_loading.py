@@ -108,6 +108,14 @@ def test_loading_emits_no_warning_of_peft_or_transformers(base, tmp_path):
     path = write_checkpoint(tmp_path / "c", base, num_experts=2, targets="all-linear")
     with warnings.catch_warnings():
         warnings.simplefilter("error")
-        # PEFT 0.21 itself reads a property that transformers 5.23 deprecates.
-        warnings.filterwarnings("ignore", message="`is_gradient_checkpointing` is deprecated", category=FutureWarning)
         load_checkpoint(path)
+
+
+def test_half_precision_router_computes_in_float32(base, tmp_path, ids):
+    path = write_checkpoint(tmp_path / "c", base, num_experts=2, dtype="bfloat16")
+    model = load_checkpoint(path)
+    assert model.router.gate.weight.dtype == torch.float32
+    with torch.no_grad():
+        hidden = model.train()(ids, use_cache=False)
+        assert hidden.logits.dtype == torch.float32
+    assert (model.last_routing_weights.sum(-1) - 1).abs().max() < 1e-6
