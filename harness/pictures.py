@@ -40,6 +40,7 @@ def required_tolerances(verdict: Mapping) -> str:
         axes.scatter(places, range(len(labels)), c=[RED if share > 1 else BLUE for share in shares], s=22, zorder=3)
         axes.axvline(1.0, color=GREY, linewidth=1)
         axes.set_xscale("log")
+        axes.xaxis.set_major_formatter("{x:g}")  # the default writes powers as formulas, which are switched off
         _label(axes, labels, "share of the bound that would have passed (1: the bound itself)")
         return _svg(figure)
 
