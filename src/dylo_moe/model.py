@@ -9,6 +9,7 @@ import torch
 from peft import PeftModel
 from peft.tuners.lora import Linear as LoraLinear
 from peft.tuners.tuners_utils import BaseTunerLayer
+from peft.utils.other import AuxiliaryTrainingWrapper
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 from transformers.modeling_outputs import MoeCausalLMOutputWithPast
@@ -41,6 +42,8 @@ class DyLoRA_MoE(nn.Module):  # noqa: N801 - the name that the field uses
         super().__init__()
         names = expert_order(list(peft_model.peft_config))
         self.moe_config = config or _default_config(router, len(names))
+        if not self.moe_config.use_moe_routing:
+            raise RoutingError("config.use_moe_routing is False; use the PeftModel itself for plain LoRA")
         layers = _routable_layers(peft_model.get_base_model())
         _check_counts(router, self.moe_config, names)
         _check_router_width(router, self.moe_config.router_features, peft_model.get_base_model(), layers)
@@ -183,15 +186,19 @@ class DyLoRA_MoE(nn.Module):  # noqa: N801 - the name that the field uses
             )
         if strategy != "router" or (routing_weights is not None and expert_id is not None):
             raise RoutingError("give one of strategy, routing_weights and expert_id, not several")
+        if isinstance(routing_weights, Tensor) and not routing_weights.is_floating_point():
+            given = routing_weights.to(torch.float32)  # a one-hot row of integers is no list of expert ids
         with self.routing.forcing(given):
             return generate_with_strategy(
                 self, inputs, attention_mask, "router", first_sample=first_sample, seeds=seeds, options=options
             )
 
-    def gradient_checkpointing_enable(self, gradient_checkpointing_kwargs: dict[str, Any] | None = None) -> None:
-        """As transformers'. Non-reentrant checkpointing only (transformers' default): the other kind loses the router's
-        gradient, which torch reports as an error."""
-        self.causal_lm.gradient_checkpointing_enable(gradient_checkpointing_kwargs=gradient_checkpointing_kwargs)
+    def gradient_checkpointing_enable(
+        self, gradient_checkpointing_kwargs: dict[str, Any] | None = None, **options: Any
+    ) -> None:
+        """As transformers', with its options (a Trainer gives every_n_layers and offload). Non-reentrant checkpointing only
+        (transformers' default): the other kind loses the router's gradient, which torch reports as an error."""
+        self.causal_lm.gradient_checkpointing_enable(gradient_checkpointing_kwargs=gradient_checkpointing_kwargs, **options)
 
     def gradient_checkpointing_disable(self) -> None:
         self.causal_lm.gradient_checkpointing_disable()
@@ -249,7 +256,8 @@ def detach_router(model: DyLoRA_MoE) -> PeftModel:
     model.routing.remove()
     for name, layer in model.routed_layers().items():
         original = layer.source[0]
-        original.training = layer.training
+        # Flags that PEFT's methods have set on the routed layer since: training, active adapter, adapters disabled.
+        original.__dict__.update({key: layer.__dict__[key] for key in original.__dict__ if key in layer.__dict__})
         _replace(model.causal_lm, name, original)
     for name, parameter in model.peft_model.named_parameters():
         parameter.requires_grad_(model._trainable_before.get(name, parameter.requires_grad))
@@ -261,6 +269,8 @@ def _routable_layers(causal_lm: PreTrainedModel) -> dict[str, LoraLinear]:
     for name, module in causal_lm.named_modules():
         if isinstance(module, RoutedLinear):
             raise RoutingError(f"{name} is routed already; call detach_router first")
+        if isinstance(module, AuxiliaryTrainingWrapper):
+            raise RoutingError(f"{name} was trained beside the LoRA ({type(module).__name__}), which cannot be mixed")
         if not isinstance(module, BaseTunerLayer):
             continue
         if type(module) is not LoraLinear or module.lora_variant or any(module.lora_bias.values()):
@@ -275,6 +285,7 @@ def _routable_layers(causal_lm: PreTrainedModel) -> dict[str, LoraLinear]:
 
 def _route_layers(causal_lm: PreTrainedModel, layers: dict[str, LoraLinear], mixture: Mixture) -> None:
     readout = causal_lm.get_output_embeddings()
+    mixture.num_layers = len(layers)
     for index, (name, layer) in enumerate(layers.items()):
         _replace(causal_lm, name, RoutedLinear(layer, mixture, index, is_readout=layer is readout))
 

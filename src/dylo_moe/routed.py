@@ -27,7 +27,9 @@ class Mixture:
 
     def __init__(self, expert_names: list[str]) -> None:
         self.expert_names = expert_names
+        self.num_layers = 0
         self.forced: int | Tensor | None = None
+        self.kept_positions: int | Tensor | None = None  # the pass's logits_to_keep
         self.layer_weights: dict[int, Tensor] = {}
         self._routes: list[Route] = []
 
@@ -108,7 +110,10 @@ class RoutedLinear(LoraLinear):
             weights = self.mixture.layer_weights[self.index] = route(x)
             return weights
         weights = route[:, :, self.index] if route.dim() == 4 else route
-        if self.is_readout and x.shape[1] < weights.shape[1]:
+        kept = self.mixture.kept_positions
+        if self.is_readout and isinstance(kept, Tensor) and weights.shape[1] > 1:
+            weights = weights[:, kept]
+        elif self.is_readout and x.shape[1] < weights.shape[1]:
             weights = weights[:, -x.shape[1] :]  # logits_to_keep: the head sees the last positions only
         return weights
 

@@ -83,6 +83,8 @@ class Routing:
     def _before(self, module: nn.Module, args: tuple, kwargs: dict[str, Any]) -> tuple[tuple, dict[str, Any]]:
         kwargs = {**dict(zip(inspect.signature(module.forward).parameters, args, strict=False)), **kwargs}
         weights, expert_id = kwargs.pop("routing_weights", None), kwargs.pop("expert_id", None)
+        if isinstance(weights, Tensor) and not weights.is_floating_point():
+            weights = weights.to(torch.float32)  # a one-hot row of integers is no list of expert ids
         if weights is not None and expert_id is not None:
             raise RoutingError("routing_weights and expert_id were both given, but should be one of them")
         rows, length = _rows_and_length(kwargs)
@@ -92,6 +94,7 @@ class Routing:
         given = weights if weights is not None else expert_id if expert_id is not None else self.mixture.forced
         self._routed_by_router = given is None
         self.mixture.layer_weights = {}
+        self.mixture.kept_positions = kwargs.get("logits_to_keep")
         route = self._router_route(kwargs) if given is None else self.as_route(given, rows, length)
         if not isinstance(route, nn.Module):  # per-layer weights are known when the pass is over
             self._note(self._as_weights(route, rows, length))
@@ -131,13 +134,14 @@ class Routing:
             given = nn.functional.one_hot(given.flatten(), experts).to(torch.float32)
         if given.dim() <= 2:
             given = given.reshape(-1, 1, given.shape[-1])
-        if given.shape[0] not in (1, rows) and rows % given.shape[0] == 0:
+        if given.shape[0] not in (0, 1, rows) and rows % given.shape[0] == 0:
             given = given.repeat_interleave(rows // given.shape[0], dim=0)
         fits = given.dim() in (3, 4) and given.shape[0] in (1, rows) and given.shape[1] in (1, length)
-        if not (fits and given.shape[-1] == experts):
+        layers = self.mixture.num_layers
+        if not (fits and given.shape[-1] == experts and (given.dim() == 3 or given.shape[2] == layers)):
             raise RoutingError(
                 f"routing_weights of shape {tuple(given.shape)}, but should be ({rows}, {length}, {experts}) or "
-                f"({rows}, {length}, layers, {experts})"
+                f"({rows}, {length}, {layers}, {experts}), for each of {layers} routed layers"
             )
         return given.to(self.causal_lm.device)
 
