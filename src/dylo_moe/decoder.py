@@ -13,7 +13,7 @@ from evalplus.provider.base import DecoderBase
 from torch import Tensor, nn
 from transformers import AutoTokenizer, LogitsProcessorList, PreTrainedTokenizerBase, StoppingCriteriaList
 
-from dylo_moe.errors import MissingFile, OptionError, PromptError, UnknownStrategy
+from dylo_moe.errors import DyloMoeError, MissingFile, OptionError, PromptError, UnknownStrategy, one_line
 from dylo_moe.formats.base import resolve_base
 from dylo_moe.loading import load_checkpoint
 from dylo_moe.model import DyLoRA_MoE
@@ -218,7 +218,14 @@ def _check_options(dataset: str, dtype: str, wandb_artifact: str | None, *, temp
 
 def _load(path: Path, base_model: str | None, dtype: str, device_map: Any, options: dict[str, Any]) -> nn.Module:
     wanted = None if dtype == "auto" else getattr(torch, dtype)
-    model = load_checkpoint(path, base_model, wanted, device_map, **options)
+    if str(device_map).startswith("cuda") and not torch.cuda.is_available():
+        raise OptionError(f"device_map {device_map!r}, but there is no CUDA device")
+    try:
+        model = load_checkpoint(path, base_model, wanted, device_map, **options)
+    except DyloMoeError:
+        raise
+    except (ImportError, ValueError) as error:  # how transformers refuses an attention implementation or a device map
+        raise OptionError(one_line(str(error))) from error
     return model.to("cuda") if device_map is None and torch.cuda.is_available() else model
 
 

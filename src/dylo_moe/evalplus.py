@@ -198,6 +198,8 @@ def evaluate(  # noqa: PLR0913  (EvalPlus's signature)
     """
     given = dict(locals())
     generates = bool(model_options.keys() - {"id_range"})
+    if generates and "model" not in model_options:
+        raise OptionError("evaluate needs either samples, or a model and the options of its generation")
     if generates and model_options.get("backend") != BACKEND:
         return _stock_evaluate(**{**given.pop("model_options"), **given})
     id_range = _checked_range(model_options.get("id_range"))

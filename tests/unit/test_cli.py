@@ -89,7 +89,10 @@ def test_codegen_prints_the_path_of_the_samples_and_evaluate_the_result(checkpoi
         (["codegen", "--model", "CHECKPOINT", "--dataset", "humaneval", "--greedy", "--routing-strategy", "x"], "round_robin"),
         (["codegen", "--model", "CHECKPOINT", "--dataset", "humaneval", "--greedy", "--base-model", "/no/base"], "/no/base"),
         (["codegen", "--model", "CHECKPOINT", "--dataset", "humaneval", "--greedy", "--root", "/dev/null/x"], "/dev/null/x"),
+        (["codegen", "--model", "CHECKPOINT", "--dataset", "humaneval", "--greedy", "--attn-implementation", "x"], "attn_impl"),
+        (["codegen", "--model", "CHECKPOINT", "--dataset", "humaneval", "--greedy", "--device-map", "x"], "device_map"),
         (["evaluate", "--dataset", "humaneval"], "samples"),
+        (["evaluate", "--dataset", "humaneval", "--samples", "/no/file.jsonl", "--greedy"], "samples, or a model"),
         (["evaluate", "--dataset", "humaneval", "--samples", "/no/file.jsonl"], "/no/file.jsonl"),
     ],
 )
