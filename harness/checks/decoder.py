@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import os
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -45,18 +45,20 @@ def check_greedy_equals_reference(bench: Bench) -> None:
     """Greedy, a decoder writes the text of the reference's tokens, cut at the first stop string, for each kind of routing.
 
     Reason: the decoder is where a strategy is lost: every score of upstream's `single:2` was expert 0's.
-    Tolerance: none up to the first step whose two best tokens are within twice the bound on logits; the rest is set aside.
+    Tolerance: none up to the first step whose two best tokens are within twice the bound on logits, or whose routing is a near
+    tie; the rest is set aside, and so is `best` where two losses are as near.
     """
     w = workings(bench)
     w.need_experts()
-    texts = set()
-    for expert in sorted({0, w.experts - 1}):
-        decoder = _decoder(w, routing_strategy=f"single:{expert}")
-        want = _reference_text(w, decoder, expert)
-        texts.add(want)
+    strategies = [f"single:{expert}" for expert in sorted({0, w.experts - 1})]
+    strategies += [strategy for strategy in ("router", "best", "ensemble") if strategy != "router" or w.reference.router]
+    texts = {}
+    for strategy in strategies:
+        decoder = _decoder(w, routing_strategy=strategy)
+        texts[strategy] = want = _reference_text(w, decoder, strategy)
         (got,) = decoder.codegen(PROMPT, do_sample=False, num_samples=1)
-        assert_equal(got[: len(want)], want, what=f"text of single:{expert}")
-    if w.experts > 1 and len(texts) == 1:
+        assert_equal(got[: len(want)], want, what=f"text of {strategy}")
+    if w.experts > 1 and texts["single:0"] == texts[f"single:{w.experts - 1}"]:
         raise Void("the first and the last expert write the same text")
 
 
@@ -317,21 +319,38 @@ def _cut(text: str, stops: list[str]) -> str:
     return text[: min((text.index(stop) for stop in stops if stop in text), default=len(text))]
 
 
-def _reference_text(w: Workings, decoder: Any, expert: int) -> str:
+def _reference_text(w: Workings, decoder: Any, strategy: str) -> str:
     """The reference's greedy text up to the first near tie, cut as the decoder has to cut it."""
     ids = torch.tensor(decoder.tokenizer(PROMPT)["input_ids"])
-    tokens, scores = w.reference.greedy(ids, NEW_TOKENS, lambda so_far: w.reference.logits(so_far[None], expert_id=expert)[0, -1])
-    best = np.sort(scores, axis=-1)
-    near = np.flatnonzero(best[:, -1] - best[:, -2] <= 2 * w.bound)
+    tokens, scores = w.reference.greedy(ids, NEW_TOKENS, _scores(w, strategy, ids))
+    ranked = np.sort(scores, axis=-1)
+    tied = ranked[:, -1] - ranked[:, -2] <= 2 * w.bound
+    if strategy == "router":
+        routed = torch.cat([ids, torch.tensor(tokens)])[None, :-1]
+        tied |= np.logical_or.accumulate(w.near_tie(routed, None)[0])[len(ids) - 1 :]
+    if strategy == "best" and w.experts > 1:
+        lowest, second = np.sort(w.reference.expert_losses(ids))[:2]
+        tied |= second - lowest <= 2 * w.bound
+    near = np.flatnonzero(tied)
     tokens = tokens[: near[0]] if len(near) else tokens
     end = w.model.config.eos_token_id
     ends = {*(end if isinstance(end, list) else [end]), decoder.tokenizer.eos_token_id}
     tokens = tokens[: next((i for i, token in enumerate(tokens) if token in ends), len(tokens))]
-    w.bench.evidence(**{f"tokens_compared_{expert}": len(tokens)})
-    if not tokens:
+    w.bench.evidence(**{f"tokens_compared_{strategy}": len(tokens)})
+    if not tokens and strategy.startswith("single"):
         raise Void("the first token is a near tie, or ends the text")
     text = decoder.tokenizer.decode(tokens, skip_special_tokens=True)
     return _cut(text, list(decoder.eos)).replace("\t", "    ").rstrip("\ufffd")
+
+
+def _scores(w: Workings, strategy: str, prompt: Tensor) -> Callable[[Tensor], np.ndarray]:
+    """What the reference scores the next token by, under a strategy."""
+    if strategy == "ensemble":
+        return w.reference.ensemble_probabilities
+    expert = int(strategy.partition(":")[2]) if ":" in strategy else None
+    if strategy == "best":
+        expert = int(w.reference.expert_losses(prompt).argmin())
+    return lambda so_far: w.reference.logits(so_far[None], expert_id=expert)[0, -1]
 
 
 def _tokens_given(decoder: Any, prompt: str) -> list[int]:

@@ -8,10 +8,11 @@ B rows, S tokens, E experts.
 from __future__ import annotations
 
 import copy
+import itertools
 
 import numpy as np
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from harness.bench import Bench
 from harness.compare import as_float64, assert_bitwise, assert_within, rounding_floor
@@ -20,14 +21,16 @@ from harness.workings import Workings, workings
 
 
 def check_routing_is_applied(bench: Bench) -> None:
-    """Every choice of weights gives the logits that the reference gives for it: each expert alone, a mixture, none.
+    """Every choice of weights gives the logits that the reference gives for it: each expert alone, mixtures, none.
 
     Reason: stock PEFT ignores routing weights without an error and returns the plain sum of all experts.
     Tolerance: twice the naive loop's error; void unless the choices differ by 100 times that.
     """
     w = workings(bench)
     w.need_experts()
-    for what, weights in {"no expert": torch.zeros_like(w.dense), "a mixture": w.dense}.items():
+    by_layer = torch.stack([w.dense.roll(index, dims=1) for index in range(len(w.reference.module_names))], dim=2)
+    choices = {"no expert": torch.zeros_like(w.dense), "a mixture": w.dense, "a mixture for each layer": by_layer}
+    for what, weights in choices.items():
         got = w.ask(w.model, routing_weights=weights)
         w.same_logits(got, w.reference.logits(w.ids, w.mask, weights=weights), what)
     for expert in range(min(w.experts, 4)):
@@ -94,6 +97,9 @@ def check_history_independent(bench: Bench) -> None:
     w.ask(model, ids, mask, routing_weights=w.dense[:2])
     w.ask(model, ids, mask, expert_id=w.experts - 1)
     w.ask(model, ids, mask)
+    if callable(getattr(model, "generate", None)):
+        for strategy in ("ensemble", f"single:{w.experts - 1}"):
+            model.generate(ids, mask, strategy=strategy, do_sample=False, max_new_tokens=2, pad_token_id=0)
     assert_bitwise(w.ask(model), first, what="logits of the same input, asked first and asked last")
 
 
@@ -139,7 +145,7 @@ def check_padding_side_invariant(bench: Bench) -> None:
 
 
 def check_cached_decode_equals_recompute(bench: Bench) -> None:
-    """Feeding tokens one by one with the cache gives the logits of the whole sequence at once.
+    """Feeding tokens with the cache, one by one and a few together, gives the logits of the whole sequence at once.
 
     Reason: a router with a pass of its own needs a cache of its own; PEFT's X-LoRA appends both to one, off by 0.15.
     Tolerance: twice the naive loop's error for each of the two.
@@ -148,8 +154,8 @@ def check_cached_decode_equals_recompute(bench: Bench) -> None:
     w.need_experts()
     w.need_option(w.model.forward, "past_key_values")
     pieces, cache = [], None
-    prompt = w.ids.shape[1] - 5
-    for start, end in [(0, prompt), *((t, t + 1) for t in range(prompt, w.ids.shape[1]))]:
+    length = w.ids.shape[1]
+    for start, end in itertools.pairwise((0, length - 6, length - 5, length - 4, length - 1, length)):
         with torch.no_grad():
             step = w.model(w.ids[:, start:end], w.mask[:, :end], past_key_values=cache, use_cache=True, **w.default_routing)
         cache = step.past_key_values
@@ -266,7 +272,7 @@ def check_dtype_move(bench: Bench) -> None:
 
 
 def check_save_load_bitwise(bench: Bench) -> None:
-    """Saving and loading gives the same logits and routing weights, bitwise.
+    """Saving and loading gives the same logits, routing weights and training loss, bitwise.
 
     Reason: PEFT 0.20 and 0.21 lose a layer of an X-LoRA classifier; upstream saved empty experts after generate().
     Tolerance: none; tensors are copied.
@@ -283,6 +289,8 @@ def check_save_load_bitwise(bench: Bench) -> None:
     if w.reference.router is not None:
         assert_bitwise(w.ask(again), w.subject_logits, what="routed logits")
         assert_bitwise(again.last_routing_weights, _asked_weights(w), what="routing weights")
+        for got, want, what in zip(_training_step(w, again), _training_step(w, w.load()), ("weights", "loss"), strict=True):
+            assert_bitwise(got, want, what=f"{what} while training")
 
 
 def check_detach_restores_base(bench: Bench) -> None:
@@ -326,6 +334,16 @@ def _plain_inputs(w: Workings) -> dict[str, Tensor]:
     """For models that do not count positions from the first real token by themselves."""
     positions = (w.mask.cumsum(-1) - 1).clamp(min=0)
     return {"input_ids": w.ids, "attention_mask": w.mask, "position_ids": positions}
+
+
+@torch.no_grad()
+def _training_step(w: Workings, model: nn.Module) -> tuple[Tensor, Tensor]:
+    """Routing weights and loss in training mode, where the temperature and the load-balancing loss count."""
+    model.train()
+    with torch.random.fork_rng():
+        torch.manual_seed(w.bench.seed)
+        loss = model(w.ids, w.mask, labels=w.ids.masked_fill(w.mask == 0, -100)).loss
+    return model.last_routing_weights, loss
 
 
 def _asked_weights(w: Workings) -> Tensor:

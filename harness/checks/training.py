@@ -48,7 +48,7 @@ def check_gradients_reach_router_and_experts(bench: Bench) -> None:
     """The loss and its gradients for the router's gate and for the experts are those of the loop in float64; the base gets none.
 
     Reason: a detached weight trains nothing and reports nothing.
-    Tolerance: twice the naive loop's largest error in the same dtype, over all gradients of one kind (gate, A, B).
+    Tolerance: twice the naive loop's largest error in the same dtype, over all gradients of one kind (gate, bias, A, B).
     """
     w = workings(bench)
     w.need_router()
@@ -57,7 +57,8 @@ def check_gradients_reach_router_and_experts(bench: Bench) -> None:
     exact, allowed = _exact_and_allowed(w)
     for name, want in exact.items():
         # Of its kind: a tensor whose own gradient is tiny proves little, and the others of its kind prove it.
-        effect = None if name == "loss" else max(np.abs(of_kind).max() for of_kind in _alike(exact, name))
+        flat = name == "loss" or (w.experts == 1 and name.startswith("gate"))  # softmax over one logit has no slope
+        effect = None if flat else max(np.abs(of_kind).max() for of_kind in _alike(exact, name))
         assert_within(found[name], want, allowed[_kind(name)], effect=effect, what=name)
     reached = [n for n, p in model.named_parameters() if p.grad is not None and _is_base(n)]
     if reached:
@@ -68,7 +69,7 @@ def check_gradient_checkpointing_equal(bench: Bench) -> None:
     """With gradient checkpointing the loss and the gradients are those without.
 
     Reason: the recomputation runs inside backward(), when the weights of the forward pass may be gone.
-    Tolerance: twice the naive loop's largest error, over all gradients of one kind (gate, A, B).
+    Tolerance: twice the naive loop's largest error, over all gradients of one kind (gate, bias, A, B).
     """
     w = workings(bench)
     w.need_router()
@@ -82,19 +83,26 @@ def check_gradient_checkpointing_equal(bench: Bench) -> None:
 
 
 def check_load_balancing_loss(bench: Bench) -> None:
-    """`aux_loss` is the load-balancing loss that the checkpoint names, of the weights used, padding not counted.
+    """`aux_loss` is the load-balancing loss that the checkpoint names, of the weights used, padding not counted; in training too.
 
     Reason: a loss over padding rewards a router for what it does with nothing.
     Tolerance: the dot-product bound of its sums.
     """
     w = workings(bench)
     w.need_router()
+    model = w.load()
+    for training in (False, True):
+        _compare_balance(w, model.train(training))
+
+
+def _compare_balance(w: Workings, model: nn.Module) -> None:
+    __tracebackhide__ = True
     kind = w.reference.artifact.balance.get("load_balance_loss_type", "mse")
     with torch.no_grad():
-        output = w.model(w.ids, w.mask, labels=w.ids.masked_fill(w.mask == 0, -100))
+        output = model(w.ids, w.mask, labels=w.ids.masked_fill(w.mask == 0, -100))
     if getattr(output, "aux_loss", None) is None:
         raise NotApplicable("the subject returns no aux_loss")
-    weights = as_float64(w.model.last_routing_weights)[w.valid]
+    weights = as_float64(model.last_routing_weights)[w.valid]
     want = balance.loss(weights, kind)
     terms = weights.reshape(-1, w.experts).shape[0] + w.experts + 4
     bound = dot_bound(terms, w.dtype, balance.sensitivity(weights, kind)) + (terms * UNIT_ROUNDOFF[w.dtype]) ** 2
@@ -127,13 +135,18 @@ def _ids(w: Workings) -> Tensor:
 
 
 def _loss_and_gradients(w: Workings, model: nn.Module, ids: Tensor) -> dict[str, np.ndarray]:
-    """Of one training step: the loss, and the gradients of the gate and of the first and last routed layer's experts."""
+    """Of one training step: the loss, and the gradients of the gate and of the experts in the watched layers.
+
+    The first two tokens are a prompt, without labels, as in any fine-tuning on answers.
+    """
     model.train()
     watched = _watched(w, model)
     for parameter in watched.values():
         parameter.requires_grad_()
     model.zero_grad()
-    loss = model(ids, torch.ones_like(ids), labels=ids).loss
+    labels = ids.clone()
+    labels[:, :2] = -100
+    loss = model(ids, torch.ones_like(ids), labels=labels).loss
     if not loss.requires_grad:
         raise AssertionError("the loss depends on neither the router nor the experts")
     loss.backward()
@@ -144,9 +157,15 @@ def _loss_and_gradients(w: Workings, model: nn.Module, ids: Tensor) -> dict[str,
 
 
 def _watched(w: Workings, model: nn.Module) -> dict[str, nn.Parameter]:
+    """The gate's weight and bias, and every expert's A and B in the first and the last layer of each kind."""
     layers = w.need_method(model, "routed_layers")()
     watched = {"gate": model.router.gate.weight}
-    for module in {w.reference.module_names[0]: None, w.reference.module_names[-1]: None}:
+    if w.reference.router.bias is not None:
+        watched["gate bias"] = model.router.gate.bias
+    first, last = (
+        {m.rpartition(".")[2]: m for m in names} for names in (w.reference.module_names[::-1], w.reference.module_names)
+    )
+    for module in dict.fromkeys((*first.values(), *last.values())):
         for name in w.reference.artifact.names:
             if name in layers[module].lora_A:
                 watched[f"{module} A of {name}"] = layers[module].lora_A[name].weight
@@ -172,7 +191,7 @@ def _exact_and_allowed(w: Workings) -> tuple[dict[str, np.ndarray], dict[str, fl
             for name, want in exact.items():
                 bound = max(twice_the_loop(step[name], want, w.dtype) for step in found)
                 kept["allowed"][_kind(name)] = max(bound, kept["allowed"].get(_kind(name), 0.0))
-        if not kept["exact"]["gate"].any():
+        if w.experts > 1 and not kept["exact"]["gate"].any():
             raise Void("the gate's gradient is zero for this checkpoint")
     return kept["exact"], kept["allowed"]
 
@@ -183,7 +202,7 @@ def _designs(dtype: torch.dtype) -> tuple[tuple[torch.dtype, str | None], ...]:
 
 
 def _kind(name: str) -> str:
-    """ "loss", "gate", "A" or "B"."""
+    """ "loss", "gate", "bias", "A" or "B"."""
     return name.split()[1] if " " in name else name
 
 

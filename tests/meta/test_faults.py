@@ -119,6 +119,12 @@ def test_correct_subject_raises_no_alarm(
     assert applied >= len(CHECKS) // 2
 
 
+def test_router_over_one_expert_is_judged_by_its_experts(specimen: Callable[..., Path]) -> None:
+    """The gate's gradient is zero there, which says nothing against the checkpoint."""
+    bench = Bench(specimen("llama", num_experts=1), find_subject("dylo-moe"))
+    assert judge(bench, "training.gradients_reach_router_and_experts") == (outcome.PASS, "NoneType: None")
+
+
 def test_correct_subject_compiled_raises_no_alarm(specimen: Callable[..., Path]) -> None:
     for check in SLOW:
         assert judge(Bench(specimen("llama"), find_subject("dylo-moe")), check)[0] == outcome.PASS
