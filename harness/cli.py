@@ -29,10 +29,16 @@ def main(arguments: Sequence[str] | None = None) -> int:
     from dylo_moe.errors import DyloMoeError  # after argparse is imported, before torch: errors.py imports neither
 
     command = list(sys.argv[1:] if arguments is None else arguments)
+    options = None
     try:
-        return run(parser().parse_args(command), command)
-    except SystemExit:  # argparse printed the help
-        return EXIT_PASSED
+        options = parser().parse_args(command)
+        return run(options, command)
+    except SystemExit as ended:
+        if options is None:  # argparse printed the help
+            return EXIT_PASSED
+        # No exit code of a subject's may pass for a verdict.
+        print(f"{PROGRAM}: code under judgement called sys.exit({ended.code!r}), no verdict", file=sys.stderr)
+        return EXIT_JUDGE_FAILED
     except (Unusable, DyloMoeError) as error:
         print(f"{PROGRAM}: {' '.join(str(error).split())}", file=sys.stderr)
         return EXIT_UNUSABLE

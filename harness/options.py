@@ -100,10 +100,12 @@ def output_files(options: argparse.Namespace) -> dict[str, Path]:
     """Where each document goes. Raises Unusable for a place that is inside a checkpoint or cannot be written, before any work."""
     outputs = {"json": options.json or OUTPUT / "verdict.json", "html": options.html or OUTPUT / "report.html"}
     outputs |= {name: getattr(options, name) for name in ("junit_xml", "markdown") if getattr(options, name) is not None}
-    for name, path in outputs.items():
+    places = outputs if options.keep is None else {**outputs, "keep": options.keep}
+    for name, path in places.items():
         for checkpoint in options.checkpoint:
             if path.resolve().is_relative_to(checkpoint.resolve()):
                 raise Unusable(f"--{name.replace('_', '-')}: {path} is inside the checkpoint {checkpoint}; write it elsewhere")
+    for name, path in outputs.items():
         try:
             path.parent.mkdir(parents=True, exist_ok=True)
         except OSError as error:

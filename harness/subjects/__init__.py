@@ -23,16 +23,23 @@ def find_subject(name: str) -> Subject:
         raise ValueError(f"unknown subject {name!r}: expected package.module:factory or one of {', '.join(BUILT_IN)}")
     try:
         module = import_module(module_name)
-    except ModuleNotFoundError as error:
-        raise ValueError(f"subject {name!r}: {error}") from error
+    except (Exception, SystemExit) as error:  # noqa: BLE001  (another's module: whatever it raises, it cannot be judged)
+        raise ValueError(f"subject {name!r}: {_cause(error)}") from error
     make = getattr(module, factory, None)
     if not callable(make):
         raise ValueError(f"subject {name!r}: {module_name} has no function {factory!r}")
-    subject = make()
+    try:
+        subject = make()
+    except (Exception, SystemExit) as error:  # noqa: BLE001  (as above)
+        raise ValueError(f"subject {name!r}: {_cause(error)}") from error
     missing = [member for member in ("name", "load") if not hasattr(subject, member)]
     if missing:
         raise ValueError(f"subject {name!r}: what {factory}() returned has no {' and no '.join(missing)}")
     return subject
+
+
+def _cause(error: BaseException) -> str:
+    return str(error) if isinstance(error, ModuleNotFoundError) else f"{type(error).__name__}: {error}"
 
 
 __all__ = ["BUILT_IN", "Subject", "find_subject"]

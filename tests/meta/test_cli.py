@@ -142,6 +142,35 @@ def test_damaged_checkpoint_is_one_line_naming_file_and_field(command, specimen,
 def test_output_inside_the_checkpoint_is_refused_and_nothing_is_written(command, specimen):
     assert "inside the checkpoint" in unusable(command, "--json", str(specimen / "v.json"))
     assert not (specimen / "v.json").exists()
+    assert "inside the checkpoint" in unusable(command, "--keep", str(specimen / "kept"))
+    assert not (specimen / "kept").exists()
+
+
+@pytest.mark.parametrize("source", ["import sys\nsys.exit(0)", "1 / 0", "def (", "import sys\ndef make():\n    sys.exit(0)"])
+def test_subject_that_cannot_be_made_is_one_line(command, tmp_path, monkeypatch, source):
+    monkeypatch.syspath_prepend(tmp_path)
+    monkeypatch.delitem(sys.modules, "broken_subject", raising=False)
+    (tmp_path / "broken_subject.py").write_text(source)
+    assert "broken_subject:make" in unusable(command, "--subject", "broken_subject:make")
+
+
+EXITING = """
+import sys
+class Exiting:
+    name = "exiting"
+    def load(self, checkpoint, **options):
+        sys.exit(0)
+make = Exiting
+"""
+
+
+def test_subject_that_exits_with_0_does_not_pass(command, tmp_path, monkeypatch):
+    monkeypatch.syspath_prepend(tmp_path)
+    (tmp_path / "exiting_subject.py").write_text(EXITING)
+    source = PASSING + "    bench.fresh_model()\n"
+    code, out, err = command(source, "--subject", "exiting_subject:make")
+    assert code not in (0, 2, 4), out + err
+    assert "Traceback" not in out + err
 
 
 def test_judging_leaves_the_checkpoint_as_it_was(command, specimen):
