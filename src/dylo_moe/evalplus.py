@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import inspect
 import json
+import math
 import sys
 from functools import cache
 from pathlib import Path
@@ -212,6 +213,9 @@ def evaluate(  # noqa: PLR0913  (EvalPlus's signature)
 
     task_set = load_tasks(dataset, version=version, mini=mini, noextreme=noextreme)
     limit = MIN_TIME_LIMIT if min_time_limit is None else min_time_limit
+    for what, value in {"min_time_limit": limit, "gt_time_limit_factor": gt_time_limit_factor}.items():
+        if not 0 < value < math.inf:
+            raise OptionError(f"{what} {value}, but should be above 0")
     limits = Limits(base_only, test_details, limit, gt_time_limit_factor)
     wanted = results.read_samples(Path(samples), task_set, task_set.ids(id_range))
     bound = results.binding(task_set, wanted, limits)

@@ -70,6 +70,8 @@ def generate_with_strategy(
     if chosen.kind == "single":
         route = chosen.expert
     elif chosen.kind == "round_robin":
+        if _option(model, options, "num_beams", 1) != 1 and _option(model, options, "num_return_sequences", 1) != 1:
+            raise RoutingError("num_beams with several returned rows is not available with the strategy 'round_robin'")
         route = (first_sample + torch.arange(rows)) % model.num_experts
     elif chosen.kind == "best":
         route = best_experts(model, input_ids, attention_mask)
@@ -109,7 +111,7 @@ def _ensemble(
 ) -> Tensor:
     """One row per expert; each step every row of a group gets the same token, drawn from the mean of their distributions."""
     for refused in ("num_beams", "streamer", "return_dict_in_generate", "assistant_model", "prompt_lookup_num_tokens"):
-        value = options.get(refused)
+        value = _option(model, options, refused, None)
         if value and not (refused == "num_beams" and value == 1):
             raise RoutingError(f"{refused} is not available with the strategy 'ensemble'")
     experts = model.num_experts
@@ -136,7 +138,7 @@ def _seeded(
     sampling = _samples(model, options)
     if sampling and (seeds is None or len(seeds) != rows):
         raise RoutingError(f"{0 if seeds is None else len(seeds)} seeds for {rows} returned rows, but should be one each")
-    if options.get("num_beams") not in (None, 1):
+    if _option(model, options, "num_beams", 1) != 1:
         raise RoutingError("num_beams is not available with seeds")
     warpers, options = warpers_from_options(model.causal_lm.generation_config, options)
     draw = Draw(group_size, warpers if sampling else None, seeds)

@@ -130,3 +130,10 @@ def test_help_imports_neither_torch_nor_evalplus():
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=60)
     assert done.returncode == 0, done.stderr
     assert "--routing-strategy" in done.stdout
+
+
+@pytest.mark.parametrize("option", [["--min-time-limit", "nan"], ["--gt-time-limit-factor", "-1"]])
+def test_impossible_limit_is_one_line_and_exit_code_2(checkpoint, tmp_path, capsys, option):
+    (tmp_path / "samples.jsonl").write_text("")
+    assert cli.main(["evaluate", "--dataset", "humaneval", "--samples", str(tmp_path / "samples.jsonl"), *option]) == 2
+    assert option[0][2:].replace("-", "_") in capsys.readouterr().err

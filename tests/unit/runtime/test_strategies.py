@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
+from transformers import GenerationConfig
 
 from dylo_moe import MoELoraConfig, attach_router, load_checkpoint
 from dylo_moe.errors import RoutingError, UnknownStrategy
@@ -236,3 +237,14 @@ def test_draw_leaves_one_token_and_follows_the_mixture_in_frequency():
     frequency = torch.bincount(scores[::2].argmax(-1), minlength=3) / groups
     wanted = torch.tensor([0.4, 0.2, 0.4])
     assert ((frequency - wanted).abs() <= 4 * (wanted * (1 - wanted) / groups).sqrt()).all()
+
+
+@pytest.mark.parametrize("option", [{"num_beams": 2}, {"return_dict_in_generate": True}])
+def test_ensemble_refuses_the_same_in_a_generation_config(model, ids, option):
+    with pytest.raises(RoutingError, match=f"{next(iter(option))} is not available"):
+        model.generate(ids, strategy="ensemble", generation_config=GenerationConfig(max_new_tokens=2, pad_token_id=0, **option))
+
+
+def test_round_robin_refuses_beams_that_would_mix_its_experts(model, ids):
+    with pytest.raises(RoutingError, match="num_beams"):
+        model.generate(ids, strategy="round_robin", num_beams=4, num_return_sequences=2, max_new_tokens=2, do_sample=False)
