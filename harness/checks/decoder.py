@@ -259,6 +259,8 @@ def check_sample_files_never_mix(bench: Bench) -> None:
     w.need_experts(2)
     bench.tokenizer  # noqa: B018  (not applicable without one)
     run = w.need_method(bench.subject, "run_codegen")
+    if bench.assume:
+        raise NotApplicable("a decoder cannot be told what the files do not record")
     with tempfile.TemporaryDirectory(prefix="samples-") as root:
         tasks = write_task_set(Path(root), "humaneval", TASKS[:2])
         with _environment("HUMANEVAL_OVERRIDE_PATH", str(tasks)):

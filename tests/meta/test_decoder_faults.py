@@ -9,6 +9,7 @@ from evalplus.provider.utility import EOS
 
 import harness.checks.decoder as checks_file
 from fixtures.decoder_faults import DECODER_FAULTS
+from fixtures.layouts import BY_NAME, write_layout
 from harness import compare, outcome
 from harness.bench import Bench
 from harness.specimens import write_base, write_checkpoint
@@ -62,6 +63,13 @@ def test_correct_decoder_passes_every_check(checkpoint):
 def test_subject_without_a_decoder_is_not_judged(checkpoint):
     bench = Bench(checkpoint, find_subject("naive-loop"))
     assert {judge(bench, check)[0] for check in CHECKS} == {outcome.NOT_APPLICABLE}
+
+
+def test_checkpoint_that_a_decoder_cannot_be_told_about_is_not_judged(tmp_path):
+    base = write_base(tmp_path / "base", "llama")
+    path = write_layout(tmp_path / "full", base, "D1")
+    bench = Bench(path, find_subject("dylo-moe"), base_model=str(base), assume=BY_NAME["D1"].options)
+    assert judge(bench, "decoder.sample_files_never_mix")[0] == outcome.NOT_APPLICABLE
 
 
 @pytest.mark.parametrize(
