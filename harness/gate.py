@@ -146,6 +146,9 @@ def problems(gate: Gate, checkpoints: Sequence[Mapping], calibration: Sequence[M
             if kind:
                 found.append(Problem(kind, checkpoint["name"], check["id"], check["outcome"], check["message"]))
         found += _over_budget(gate, checkpoint)
+    outcomes = {check["outcome"] for checkpoint in checkpoints for check in checkpoint["checks"]}
+    if outcomes <= {outcome.NOT_APPLICABLE}:
+        found.append(Problem("undecided", "", "verdict", outcome.VOID, "no check applied, so nothing was judged"))
     return found
 
 

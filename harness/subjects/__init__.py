@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import sys
 from importlib import import_module
+from pathlib import Path
 
 from harness.subjects.protocol import Subject
 
@@ -21,6 +23,8 @@ def find_subject(name: str) -> Subject:
     module_name, colon, factory = BUILT_IN.get(name, name).partition(":")
     if not colon or not module_name or not factory.isidentifier():
         raise ValueError(f"unknown subject {name!r}: expected package.module:factory or one of {', '.join(BUILT_IN)}")
+    if str(Path.cwd()) not in sys.path:  # a console script does not look where the user stands
+        sys.path.append(str(Path.cwd()))
     try:
         module = import_module(module_name)
     except (Exception, SystemExit) as error:  # noqa: BLE001  (another's module: whatever it raises, it cannot be judged)

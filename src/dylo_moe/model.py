@@ -46,6 +46,8 @@ class DyLoRA_MoE(nn.Module):  # noqa: N801 - the name that the field uses
             raise RoutingError("config.use_moe_routing is False; use the PeftModel itself for plain LoRA")
         layers = _routable_layers(peft_model.get_base_model())
         _check_counts(router, self.moe_config, names)
+        _check_router_values(router, self.moe_config)
+        _check_no_biases(peft_model)
         _check_router_width(router, self.moe_config.router_features, peft_model.get_base_model(), layers)
         self.peft_model = peft_model
         self.router = router
@@ -129,6 +131,8 @@ class DyLoRA_MoE(nn.Module):  # noqa: N801 - the name that the field uses
         Raises:
             UnknownExpert, RoutingError, CacheWithoutFeatures.
         """
+        if self.routing.removed:
+            raise RoutingError("this model was detached; attach_router makes another one of its PeftModel")
         with self.routing.recording() as recorded:
             output = self.peft_model(
                 input_ids=input_ids,
@@ -274,7 +278,7 @@ def _routable_layers(causal_lm: PreTrainedModel) -> dict[str, LoraLinear]:
         if not isinstance(module, BaseTunerLayer):
             continue
         if type(module) is not LoraLinear or module.lora_variant or any(module.lora_bias.values()):
-            variant = ", ".join(sorted(type(v).__name__ for v in module.lora_variant.values()))
+            variant = ", ".join(sorted(type(v).__name__ for v in getattr(module, "lora_variant", {}).values()))
             kind = f"{type(module).__module__}.{type(module).__name__} {variant}".strip()
             raise RoutingError(f"{name} is a {kind}, but should be a plain LoRA on a Linear or Conv1D")
         layers[name] = module
@@ -309,6 +313,19 @@ def _check_counts(router: nn.Module | None, config: MoELoraConfig, names: list[s
         counts["router.num_experts"] = router.num_experts
     if len(set(counts.values())) != 1:
         raise RoutingError("the number of experts differs: " + ", ".join(f"{k}={v}" for k, v in counts.items()))
+
+
+def _check_router_values(router: nn.Module | None, config: MoELoraConfig) -> None:
+    for field, name in (("top_k_experts", "top_k"), ("router_temperature", "temperature")):
+        found = getattr(router, name, None)
+        if found is not None and found != getattr(config, field):
+            raise RoutingError(f"config.{field}={getattr(config, field)}, but the router's {name} is {found}")
+
+
+def _check_no_biases(peft_model: PeftModel) -> None:
+    for name, config in peft_model.peft_config.items():
+        if getattr(config, "bias", "none") != "none":
+            raise RoutingError(f"adapter {name} was trained with bias={config.bias!r}, which cannot be mixed")
 
 
 def _check_router_width(

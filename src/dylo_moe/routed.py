@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from numbers import Integral
 
 import torch
 from peft.tuners.lora import Linear as LoraLinear
@@ -62,10 +63,10 @@ class Mixture:
             self.leave()
 
     def check_expert(self, expert_id: int) -> int:
-        """Raises UnknownExpert unless 0 <= expert_id < num_experts."""
-        if isinstance(expert_id, bool) or not isinstance(expert_id, int) or not 0 <= expert_id < self.num_experts:
+        """Any integer type, NumPy's too, as an int. Raises UnknownExpert unless 0 <= expert_id < num_experts."""
+        if isinstance(expert_id, bool) or not isinstance(expert_id, Integral) or not 0 <= expert_id < self.num_experts:
             raise UnknownExpert(f"expert_id={expert_id!r}, but should be an integer from 0 to {self.num_experts - 1}")
-        return expert_id
+        return int(expert_id)
 
 
 class RoutedLinear(LoraLinear):
@@ -99,6 +100,12 @@ class RoutedLinear(LoraLinear):
     def mix(self, x: Tensor, weights: Tensor) -> Tensor:
         """The layer alone. x: (B, S, in); weights: (B, S, E), or (B, 1, E) for the whole sequence -> (B, S, out)."""
         return self._add_mixture(self.base_layer(x), x, weights)
+
+    def merge(self, safe_merge: bool = False, adapter_names: list[str] | None = None) -> None:
+        raise RoutingError("a routed layer cannot be merged into the base; call detach_router first")
+
+    def delete_adapter(self, adapter_name: str) -> None:
+        raise RoutingError("an expert of a routed model cannot be deleted; call detach_router first")
 
     @property
     def experts_here(self) -> list[tuple[int, str]]:

@@ -43,6 +43,7 @@ class Routing:
         self.last_weights: Tensor | None = None  # of the last pass, detached
         self._routed_by_router = False
         self._recordings: list[list[Tensor]] = []
+        self.removed = False
         self._handles = [
             causal_lm.register_forward_pre_hook(self._before, with_kwargs=True),
             causal_lm.register_forward_hook(self._after, always_call=True),
@@ -50,6 +51,7 @@ class Routing:
 
     def remove(self) -> None:
         """Takes the hooks and the checkpointing wrappers off again."""
+        self.removed = True
         for handle in self._handles:
             handle.remove()
         for module in self.causal_lm.modules():

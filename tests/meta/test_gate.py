@@ -30,6 +30,11 @@ def test_outcome_gives_its_exit_code(outcome, code):
     assert judged(check("a.ok"), check("a.law", outcome)) == code
 
 
+def test_run_in_which_no_check_applied_decides_nothing():
+    assert judged(check("a.law", "not applicable")) == 4
+    assert judged(check("a.law", "not applicable"), check("a.ok")) == 0
+
+
 def test_failure_outranks_undecided_and_the_judges_own_error_outranks_both():
     assert judged(check("a.x", "void"), check("a.y", "fail")) == 1
     assert judged(check("a.y", "fail"), {**check("a.z", "error"), "blame": "judge"}) == 3

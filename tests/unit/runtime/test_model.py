@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 
+import numpy as np
 import pytest
 import torch
 from torch import nn
@@ -292,6 +293,48 @@ def test_numbers_of_experts_that_disagree_are_refused(specimens):
         attach_router(peft_model, DynamicHybridRouter(8, 3))
     with pytest.raises(RoutingError, match="takes inputs of width 8"):
         attach_router(peft_model, DynamicHybridRouter(8, 4))
+
+
+def test_config_that_contradicts_the_router_is_refused(specimens):
+    path = specimens("llama")
+    peft_model = stock_peft(path, path.parent / "llama")
+    with pytest.raises(RoutingError, match="top_k_experts=3, but the router's top_k is 1"):
+        attach_router(peft_model, gate_of(path), MoELoraConfig(num_experts=E, top_k_experts=3))
+    with pytest.raises(RoutingError, match="router_temperature=1.0, but the router's temperature is 2.0"):
+        attach_router(peft_model, gate_of(path), MoELoraConfig(num_experts=E, router_temperature=1.0))
+
+
+def test_detached_model_refuses_to_run_instead_of_running_unrouted(specimens, ids):
+    model = routed(specimens)
+    detach_router(model)
+    with pytest.raises(RoutingError, match="was detached"):
+        model(ids, expert_id=1)
+
+
+def test_numpy_integer_is_an_expert_id(specimens, ids):
+    model = routed(specimens)
+    with torch.no_grad():
+        assert torch.equal(model(ids, expert_id=np.int64(2)).logits, model(ids, expert_id=2).logits)
+
+
+@pytest.mark.parametrize("method", [lambda m: m.merge_and_unload(), lambda m: m.delete_adapter("expert_1")])
+def test_peft_methods_that_would_break_a_routed_model_are_refused(specimens, ids, method):
+    model = routed(specimens)
+    with torch.no_grad():
+        before = model(ids).logits
+        with pytest.raises(RoutingError, match="detach_router first"):
+            method(model.peft_model)
+        assert torch.equal(model(ids).logits, before)
+
+
+def test_biases_trained_beside_the_experts_are_refused(specimens):
+    from peft import LoraConfig, get_peft_model
+    from transformers import AutoModelForCausalLM
+
+    base = AutoModelForCausalLM.from_pretrained(specimens("gpt2").parent / "gpt2")
+    peft_model = get_peft_model(base, LoraConfig(r=2, target_modules=["c_attn"], bias="all"))
+    with pytest.raises(RoutingError, match="bias='all'"):
+        attach_router(peft_model, DynamicHybridRouter(base.config.hidden_size, 1))
 
 
 def test_routing_twice_is_refused(specimens):
