@@ -70,7 +70,6 @@ def body(line):
         ("assert 1 == 2", 1, "fail"),
         ("bench.model(no_such_option=1)", 1, "error"),
         ("bench.model.no_such_method()", 1, "error"),
-        ("raise harness.outcome.NotApplicable('no router')", 0, "not applicable"),
         ("harness.compare.assert_within(1.0, 1.0, 1.0, effect=2.0)", 4, "void"),
         ("raise harness.outcome.Inconclusive('noise')", 4, "inconclusive"),
         ("1 / 0", 3, "error"),
@@ -83,6 +82,12 @@ def test_outcome_and_exit_code(command, tmp_path, line, code, outcome):
     if code:
         assert "mine.law" in out
         assert "--only mine.law" in out
+
+
+def test_run_in_which_no_check_applied_is_undecided_and_says_so(command, tmp_path):
+    found, out, _ = command(body("raise harness.outcome.NotApplicable('no router')"))
+    assert (found, result(tmp_path)["outcome"]) == (4, "not applicable")
+    assert "no check applied" in out
 
 
 @pytest.mark.parametrize("source", ["import no_such_module\n" + PASSING, PASSING.replace("(bench)", "(bench, other)")])
