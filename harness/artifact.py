@@ -153,7 +153,7 @@ def _native_gate(path: Path, router: Mapping[str, Any] | None) -> Gate | None:
 
 
 def _foreign(path: Path, base_model: str | None, assume: dict[str, Any]) -> Artifact:
-    from dylo_moe import read_checkpoint  # noqa: PLC0415  (only these layouts need the subject's reader)
+    from dylo_moe import read_checkpoint
 
     checkpoint = read_checkpoint(path, **assume)
     experts = tuple(

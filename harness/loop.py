@@ -119,7 +119,7 @@ class LoopModel(nn.Module):
             setattr(self.base.get_submodule(parent), attribute, layer.base_layer)
         return self.base
 
-    def forward(  # noqa: PLR0913  the arguments of a judged model
+    def forward(
         self,
         input_ids: Tensor,
         attention_mask: Tensor | None = None,

@@ -87,7 +87,7 @@ def drift(verdict: Mapping) -> str:
         return _svg(figure)
 
 
-class _figure:  # noqa: N801  (a context manager that reads as a function)
+class _figure:
     """A figure with one row per entry, made without pyplot's global state and with its settings restored after."""
 
     def __init__(self, rows: int) -> None:

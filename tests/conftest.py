@@ -11,8 +11,8 @@ os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 # Last, so that dylo_moe and harness come from the installed wheel and only fixtures and tests from the tree.
 sys.path.append(str(Path(__file__).resolve().parents[1]))
 
-import pytest  # noqa: E402
-import torch  # noqa: E402
+import pytest
+import torch
 
 
 @pytest.fixture(autouse=True)

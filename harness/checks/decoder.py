@@ -371,10 +371,10 @@ def _tokens_given(decoder: Any, prompt: str) -> list[int]:
 
 def _evalplus_state() -> dict[str, Any]:
     """The functions and classes of EvalPlus that others use, and copies of its lists."""
-    import evalplus.codegen  # noqa: PLC0415
-    import evalplus.evaluate  # noqa: PLC0415
-    import evalplus.provider.base  # noqa: PLC0415
-    import evalplus.provider.utility  # noqa: PLC0415
+    import evalplus.codegen
+    import evalplus.evaluate
+    import evalplus.provider.base
+    import evalplus.provider.utility
 
     modules = (evalplus.codegen, evalplus.evaluate, evalplus.provider, evalplus.provider.base, evalplus.provider.utility)
     found: dict[str, Any] = {"lists": {}}

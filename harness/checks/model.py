@@ -299,7 +299,7 @@ def check_detach_restores_base(bench: Bench) -> None:
     Reason: PEFT's mixed-adapter hooks accumulate (peft #2761); a forgotten hook changes a model that nobody routes any more.
     Tolerance: none.
     """
-    from harness.artifact import load_base  # noqa: PLC0415  (only this law compares with a bare base)
+    from harness.artifact import load_base
 
     w = workings(bench)
     w.need_experts()

@@ -96,7 +96,7 @@ class Planted:
         return cls(**{**fields, **paths})
 
 
-def plant(  # noqa: PLR0913  the options of a specimen, all keywords
+def plant(
     directory: Path,
     *,
     num_experts: int = 3,

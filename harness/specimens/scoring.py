@@ -27,8 +27,8 @@ def score(dataset: str, records: Iterable[dict], solutions: dict[str, str]) -> d
 
 
 def _passes(dataset: str, record: dict, solution: str) -> bool:
-    from evalplus.eval import PASS, untrusted_check  # noqa: PLC0415  only in the child: see the module's docstring
-    from evalplus.gen.util import trusted_exec  # noqa: PLC0415
+    from evalplus.eval import PASS, untrusted_check
+    from evalplus.gen.util import trusted_exec
 
     for inputs in (record["base_input"], record["plus_input"]):
         program, entry = record["prompt"] + record["canonical_solution"], record["entry_point"]

@@ -27,14 +27,14 @@ def find_subject(name: str) -> Subject:
         sys.path.append(str(Path.cwd()))
     try:
         module = import_module(module_name)
-    except (Exception, SystemExit) as error:  # noqa: BLE001  (another's module: whatever it raises, it cannot be judged)
+    except (Exception, SystemExit) as error:
         raise ValueError(f"subject {name!r}: {_cause(error)}") from error
     make = getattr(module, factory, None)
     if not callable(make):
         raise ValueError(f"subject {name!r}: {module_name} has no function {factory!r}")
     try:
         subject = make()
-    except (Exception, SystemExit) as error:  # noqa: BLE001  (as above)
+    except (Exception, SystemExit) as error:
         raise ValueError(f"subject {name!r}: {_cause(error)}") from error
     missing = [member for member in ("name", "load") if not hasattr(subject, member)]
     if missing:

@@ -32,12 +32,12 @@ class DyloMoeSubject:
         return detect_model_format(checkpoint)
 
     def decoder(self, checkpoint: Path, **options: object) -> object:
-        from dylo_moe import PeftMoEDecoder  # noqa: PLC0415  (imports EvalPlus: only the decoder's checks pay)
+        from dylo_moe import PeftMoEDecoder
 
         return PeftMoEDecoder(str(checkpoint), **options)
 
     def run_codegen(self, checkpoint: Path, dataset: str, **options: object) -> str:
-        from dylo_moe.evalplus import run_codegen  # noqa: PLC0415
+        from dylo_moe.evalplus import run_codegen
 
         return run_codegen(str(checkpoint), dataset, backend="peft_moe", **options)
 

@@ -111,14 +111,14 @@ def _hyphens(word: str) -> str:
 
 
 def _codegen(options: dict) -> int:
-    from dylo_moe.evalplus import BACKEND, run_codegen  # noqa: PLC0415
+    from dylo_moe.evalplus import BACKEND, run_codegen
 
     print(run_codegen(**{"backend": BACKEND, **options}))
     return 0
 
 
 def _evaluate(options: dict) -> int:
-    from dylo_moe.evalplus import BACKEND, evaluate  # noqa: PLC0415
+    from dylo_moe.evalplus import BACKEND, evaluate
 
     as_json = options.pop("json", False)
     backend = {"backend": BACKEND} if "model" in options else {}

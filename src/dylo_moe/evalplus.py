@@ -78,11 +78,11 @@ def make_model(  # noqa: PLR0913  (EvalPlus's signature, and ours after it)
         "device_map": device_map,
     }
     if backend != BACKEND:
-        from evalplus.provider import make_model as stock  # noqa: PLC0415
+        from evalplus.provider import make_model as stock
 
         _refuse_ours(make_model, ours, backend)
         return stock(model=model, backend=backend, tp=tp, base_url=base_url, **shared)
-    from dylo_moe.decoder import PeftMoEDecoder  # noqa: PLC0415
+    from dylo_moe.decoder import PeftMoEDecoder
 
     return PeftMoEDecoder(model, **shared, **ours)
 
@@ -131,7 +131,7 @@ def run_codegen(  # noqa: PLR0913  (EvalPlus's signature, and ours after it)
     given = dict(locals())
     ours = {name: given.pop(name) for name in _own_options(run_codegen)}
     if backend != BACKEND:
-        from evalplus.codegen import run_codegen as stock  # noqa: PLC0415
+        from evalplus.codegen import run_codegen as stock
 
         _refuse_ours(run_codegen, ours, backend)
         return stock(**given)
@@ -143,7 +143,7 @@ def run_codegen(  # noqa: PLR0913  (EvalPlus's signature, and ours after it)
         raise OptionError("temperature 0 is greedy decoding: add greedy, or set a temperature above 0")
     if n_samples < 1:
         raise OptionError(f"n_samples {n_samples}, but should be at least 1")
-    from dylo_moe.generating import Generation, generate_samples  # noqa: PLC0415
+    from dylo_moe.generating import Generation, generate_samples
 
     generation = Generation(
         task_set=load_tasks(dataset, version=version),
@@ -208,8 +208,8 @@ def evaluate(  # noqa: PLR0913  (EvalPlus's signature)
         raise OptionError("evaluate needs either samples, or a model and the options of its generation")
     if generates:
         samples = _generate(dataset, version, model_options)
-    from dylo_moe import results  # noqa: PLC0415
-    from dylo_moe.scoring import MIN_TIME_LIMIT, Limits  # noqa: PLC0415
+    from dylo_moe import results
+    from dylo_moe.scoring import MIN_TIME_LIMIT, Limits
 
     task_set = load_tasks(dataset, version=version, mini=mini, noextreme=noextreme)
     limit = MIN_TIME_LIMIT if min_time_limit is None else min_time_limit
@@ -229,15 +229,15 @@ def evaluate(  # noqa: PLR0913  (EvalPlus's signature)
 
 
 def _score(task_set: Any, samples: list, limits: Any, parallel: int | None, bound: dict[str, Any]) -> dict[str, Any]:
-    from dylo_moe import results  # noqa: PLC0415
-    from dylo_moe.scoring import score  # noqa: PLC0415
+    from dylo_moe import results
+    from dylo_moe.scoring import score
 
     _say_unsandboxed()
     return results.summarise(task_set, score(task_set, samples, limits, parallel=parallel), limits, bound)
 
 
 def _write(place: Path, result: dict[str, Any]) -> None:
-    from dylo_moe.atomic import write_atomically  # noqa: PLC0415
+    from dylo_moe.atomic import write_atomically
 
     try:
         write_atomically(place, json.dumps(result).encode())
@@ -255,7 +255,7 @@ def _generate(dataset: str, version: str, model_options: dict[str, Any]) -> str:
 
 
 def _stock_evaluate(min_time_limit: float | None, **options: Any) -> None:
-    from evalplus.evaluate import evaluate as stock  # noqa: PLC0415
+    from evalplus.evaluate import evaluate as stock
 
     ours = {name: options[name] for name in _own_options(run_codegen) if name in options}
     if ours:

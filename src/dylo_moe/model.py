@@ -24,7 +24,7 @@ from dylo_moe.routing import Routing
 from dylo_moe.strategies import generate_with_strategy
 
 
-class DyLoRA_MoE(nn.Module):  # noqa: N801 - the name that the field uses
+class DyLoRA_MoE(nn.Module):
     """A PeftModel with several LoRA adapters whose Linears are mixed per token by a router.
 
     Build it with `attach_router` or `load_checkpoint`.

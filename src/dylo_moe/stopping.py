@@ -22,7 +22,7 @@ def stop_strings(dataset: str, *, direct_completion: bool) -> list[str]:
     Raises:
         ValueError: a base prompt of a data set other than "humaneval" and "mbpp".
     """
-    from evalplus.provider.utility import extra_eos_for_direct_completion  # noqa: PLC0415
+    from evalplus.provider.utility import extra_eos_for_direct_completion
 
     return [*COMMON_STOPS, *(extra_eos_for_direct_completion(dataset) if direct_completion else [CHAT_STOP])]
 

@@ -76,7 +76,7 @@ def load_tasks(dataset: str, *, version: str = "default", mini: bool = False, no
 
 
 def _release(dataset: str, version: str, mini: bool, noextreme: bool) -> Path:
-    from evalplus.data.utils import get_dataset_metadata, make_cache  # noqa: PLC0415  (takes more than a second)
+    from evalplus.data.utils import get_dataset_metadata, make_cache
 
     name, newest = _RELEASES[dataset]
     url, path = get_dataset_metadata(name, newest if version == "default" else version, mini, noextreme)

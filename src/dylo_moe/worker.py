@@ -153,7 +153,7 @@ def _say(answers: TextIO, message: dict[str, Any]) -> None:
 
 def limit_memory(limit_bytes: int) -> None:
     """Caps this process's address space. Called by a child before it does anything."""
-    import resource  # noqa: PLC0415  (absent on Windows, where nothing here runs)
+    import resource
 
     resource.setrlimit(resource.RLIMIT_AS, (limit_bytes, limit_bytes))
     resource.setrlimit(resource.RLIMIT_CORE, (0, 0))

@@ -131,7 +131,7 @@ def _check_wrapped(experts: Mapping[str, Pairs], base: Mapping[str, str], file: 
             raise ForeignTensor(file, f"{module}.lora_A.{name}", found="a tensor", expected="a base_layer of that name")
 
 
-def assemble(  # noqa: PLR0913  (each is a different thing, and they meet only here)
+def assemble(
     files: CheckpointFiles,
     state: FullState,
     tensors: Mapping[str, Tensor],
