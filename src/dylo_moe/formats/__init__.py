@@ -8,11 +8,22 @@ from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
 
-from dylo_moe.errors import HashMismatch
+from dylo_moe.errors import HashMismatch, UnknownFormat
 from dylo_moe.formats import dylora, native, peft_lora
 from dylo_moe.formats.adapter import check_same_sizes
 from dylo_moe.formats.base import check_experts_fit_base, resolve_base
-from dylo_moe.formats.checkpoint import ROUTER_FEATURES, Checkpoint, Expert, LoraPair, RouterState
+from dylo_moe.formats.checkpoint import (
+    GATE_RULES,
+    ROUTER_FEATURES,
+    Checkpoint,
+    Expert,
+    GatesState,
+    GateState,
+    LoraPair,
+    Router,
+    RouterState,
+    XLoraState,
+)
 from dylo_moe.formats.detect import BUNDLE, BUNDLE_FILE, FORMATS, FULL_STATE, detect
 from dylo_moe.formats.dylora_bundle import read_bundle
 from dylo_moe.formats.dylora_full import read_full_state
@@ -23,11 +34,16 @@ from dylo_moe.formats.options import ReadOptions
 
 __all__ = [
     "FORMATS",
+    "GATE_RULES",
     "ROUTER_FEATURES",
     "Checkpoint",
     "Expert",
+    "GateState",
+    "GatesState",
     "LoraPair",
+    "Router",
     "RouterState",
+    "XLoraState",
     "check_experts_fit_base",
     "combined_hash",
     "detect_model_format",
@@ -52,9 +68,10 @@ def read_checkpoint(
     path: str | Path,
     *,
     lora_alpha: float | None = None,
-    top_k: int | None = None,
+    top_k: int | tuple[int, ...] | None = None,
     temperature: float | None = None,
     router_features: str | None = None,
+    rng_seed: int | None = None,
     expect_hash: str | Mapping[str, str] | None = None,
 ) -> Checkpoint:
     """Read and validate a checkpoint of any format.
@@ -62,7 +79,9 @@ def read_checkpoint(
     Args:
         path: a directory, or a single .pt file of DyLoRA-MoE.
         lora_alpha: for layouts that record no alpha.
-        top_k, temperature, router_features: take the place of what the files record or leave open.
+        top_k, temperature, router_features: take the place of what the files record or leave open; a tuple for top_k gives one
+            for each layer of the base model, which only MoLA has.
+        rng_seed: of Arrow's prototypes, where its files record none.
         expect_hash: SHA-256 by relative file name, or the `combined_hash` of all files read.
 
     Raises:
@@ -71,7 +90,7 @@ def read_checkpoint(
     path = Path(path)
     pinned = expect_hash if isinstance(expect_hash, Mapping) else None
     files = CheckpointFiles(_root(path), pinned)
-    options = ReadOptions(lora_alpha, top_k, temperature, router_features)
+    options = ReadOptions(lora_alpha, top_k, temperature, router_features, rng_seed)
     checkpoint = _read(files, detect(files, path), path, options)
     check_same_sizes(checkpoint.experts, path)
     files.check_all_expected_read()
@@ -109,4 +128,6 @@ def _read(files: CheckpointFiles, name: str, path: Path, options: ReadOptions) -
         return read_bundle(files, options, path if os.path.isfile(path) else path / BUNDLE_FILE)
     if name == FULL_STATE and os.path.isfile(path):
         return read_full_state(files, options, path)
+    if name not in readers:
+        raise UnknownFormat(path, "", found=f"{name}, which is recognised but not read", expected=f"one of {', '.join(readers)}")
     return readers[name](files, options)

@@ -67,6 +67,84 @@ class RouterState:
 
 
 @dataclass(frozen=True)
+class XLoraState:
+    """X-LoRA's classifier on disk (arXiv 2402.07148): an MLP on the last hidden state of the base model without adapters.
+
+    layers: (weight (out, in), bias (out,) or None) of each Linear; the last has num_experts outputs, num_layers times as many
+        if layerwise.
+    top_k: None mixes all experts; else the others' scalings become 0 and the rest is not renormalised.
+    softmax_topk_over: what enable_softmax_topk normalises over: "experts" (PEFT), or "all", every selected entry of a
+        token's scalings in all layers together (the standalone package).
+    """
+
+    layers: tuple[tuple[Tensor, Tensor | None], ...]
+    num_experts: int
+    num_layers: int
+    layerwise: bool = False
+    enable_softmax: bool = True
+    enable_softmax_topk: bool = False
+    softmax_temperature: float = 1.0
+    top_k: int | None = None
+    global_scaling_weight: float = 1.0
+    dropout: float = 0.0
+    use_relu: bool = True
+    softmax_topk_over: str = "experts"
+
+    features = "base"
+
+    @property
+    def hidden_size(self) -> int:
+        return self.layers[0][0].shape[1]
+
+
+@dataclass(frozen=True)
+class GateState:
+    """The gate of one routed unit, on the unit's own input. weight: (experts here, in); bias: (experts here,) or None.
+
+    A unit with fewer experts than the model has the first of them. top_k: None where the rule needs none.
+    threshold_weight, threshold_bias: (1, in) and (1,) or None, of AdaMoLE.
+    """
+
+    weight: Tensor
+    bias: Tensor | None = None
+    top_k: int | None = None
+    threshold_weight: Tensor | None = None
+    threshold_bias: Tensor | None = None
+
+
+GATE_RULES = {
+    "softmax": "softmax over all experts",
+    "softmax_topk": "softmax, the top_k kept and renormalised to sum 1",
+    "topk_softmax": "softmax over the top_k logits",
+    "arrow": "softmax over the top_k of |logits| / temperature",
+    "top_p": "softmax, the smallest set of experts whose sum reaches threshold kept, not renormalised",
+    "threshold": "softmax, experts at or above threshold kept and renormalised",
+    "adaptive_threshold": "softmax minus max_threshold * sigmoid(threshold gate), the positive part renormalised",
+}
+
+
+@dataclass(frozen=True)
+class GatesState:
+    """One gate per routed unit. gates: path in the base model -> its gate.
+
+    level: "linear", each unit is a Linear with LoRA pairs; "feed_forward", each unit is a whole MLP and whole MLPs are mixed.
+    rule: one of GATE_RULES. threshold: of "top_p", "threshold" and "adaptive_threshold" (there the largest one).
+    """
+
+    gates: Mapping[str, GateState]
+    rule: str
+    num_experts: int
+    level: str = "linear"
+    temperature: float = 1.0
+    threshold: float | None = None
+
+    features = "layer"
+
+
+Router = RouterState | XLoraState | GatesState
+
+
+@dataclass(frozen=True)
 class Checkpoint:
     """A validated checkpoint.
 
@@ -77,7 +155,8 @@ class Checkpoint:
         base_config: the base model's configuration, where the checkpoint holds it (full-state and merged layouts).
         base_state: base weights by base-model parameter name, where the checkpoint holds them (full-state layouts).
         experts: in router-column order; empty for a merged model.
-        router: None for a bag of LoRAs, a plain LoRA or a merged model.
+        router: None for a bag of LoRAs, a plain LoRA, task experts or a merged model.
+        shared: an adapter that is no expert: always added, with weight 1, whatever the routing; None in most formats.
         load_balance: fields of MoELoraConfig about the auxiliary loss, where recorded.
         tokenizer: directory that holds tokenizer files, where there is one.
         assumptions: values that no file records and that were therefore assumed, e.g. {"top_k": 1}; shown to the user.
@@ -89,7 +168,8 @@ class Checkpoint:
     format: str
     base_model: str | None
     experts: tuple[Expert, ...]
-    router: RouterState | None
+    router: Router | None
+    shared: Expert | None = None
     base_config: Mapping[str, Any] | None = None
     base_state: Mapping[str, Tensor] | None = None
     load_balance: Mapping[str, Any] = field(default_factory=dict)

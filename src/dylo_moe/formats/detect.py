@@ -1,17 +1,25 @@
-"""Which format a checkpoint has, from file names, JSON and safetensors headers; weights and pickles stay closed.
+"""Which format a checkpoint has, from file names, JSON and the names of tensors; no weight is looked at.
 
 Marks, at the top of the directory:
     moe_config.json                              dylo-moe
     peft_adapters/                               dylora-separated
+    xlora_config.json                            xlora
     model weights with foundation_model. keys,   dylora-full-state
         or pickled weights without a plain model's config.json
+    model weights whose config.json lists        mergoo
+        adapter_configs and router_layers
     other model weights with config.json         merged
-    adapter_config.json of a LoRA                peft-lora
+    adapter_config.json                          by its peft_type; a LORA with the tensors of lora_route is loramoe or hydralora,
+                                                 with router.router mola, else peft-lora
     one file checkpoint.pt, or a .pt by name     dylora-bundle
+    arrow_router/ with an arrow_config           peft-arrow, only where none of the above is present
     subdirectories with adapter_config.json      lora-bag, only where none of the above is present
 
 Two marks are refused as ambiguous, but for one pair that DyLoRA-MoE itself writes: peft_adapters/ beside model weights is
 dylora-separated. Subdirectories with adapters beside another mark (a trainer's checkpoint-N) decide nothing.
+
+A safetensors file gives its names in its header. Where a LORA is a pickle, its names are known only once it is read, which
+happens in a child process, weights_only, as every pickle is read.
 """
 
 from __future__ import annotations
@@ -28,6 +36,22 @@ from dylo_moe.formats.weights import dylora_pickles, find_weights, has_weights
 FULL_STATE = "dylora-full-state"
 BUNDLE = "dylora-bundle"
 MERGED = "merged"
+XLORA = "xlora"
+ARROW = "peft-arrow"
+MERGOO = "mergoo"
+LORAMOE = "loramoe"
+HYDRALORA = "hydralora"
+MOLA = "mola"
+OF_PEFT_TYPE = {
+    "ADALORA": "peft-adalora",
+    "XLORA": "peft-xlora",
+    "POLY": "peft-poly",
+    "MIXLORA": "mixlora",
+    "LORAMOE": "moe-peft-loramoe",
+    "MOLA": "moe-peft-mola",
+    "MOLE": "adamole",
+    "ADAMOLE": "adamole",
+}
 FORMATS = (
     native.FORMAT,
     dylora.FORMAT,
@@ -35,19 +59,21 @@ FORMATS = (
     BUNDLE,
     peft_lora.LORA_FORMAT,
     peft_lora.BAG_FORMAT,
+    *dict.fromkeys(OF_PEFT_TYPE.values()),
+    XLORA,
+    ARROW,
+    MERGOO,
+    LORAMOE,
+    HYDRALORA,
+    MOLA,
     MERGED,
 )
 BUNDLE_FILE = "checkpoint.pt"
+XLORA_CONFIG = "xlora_config.json"
+ARROW_ROUTER = "arrow_router"
+# Formats whose own experts lie in subdirectories with an adapter_config.json.
+_WITH_SUBDIRECTORIES = (XLORA, "peft-xlora")
 _KNOWN = f"one of {', '.join(FORMATS)}"
-_OTHER_PEFT = {
-    "XLORA": "PEFT X-LoRA",
-    "MIXLORA": "MixLoRA",
-    "LORAMOE": "MoE-PEFT LoRAMoE",
-    "MOLA": "MoE-PEFT MoLA",
-    "MOLE": "MoLE",
-    "ADAMOLE": "AdaMoLE",
-    "POLY": "PEFT Poly",
-}
 
 
 def detect(files: CheckpointFiles, path: Path) -> str:
@@ -66,7 +92,7 @@ def detect(files: CheckpointFiles, path: Path) -> str:
     if not found:
         return _of_subdirectories(files)
     beside = [directory.name for directory in peft_lora.adapter_directories(files.root)]
-    if beside:
+    if beside and found[0] not in _WITH_SUBDIRECTORIES:
         files.warn(f"the adapters in {', '.join(beside)} were not read; name one of these directories to read it")
     return _of_weights(files) if found == ["weights"] else found[0]
 
@@ -80,8 +106,8 @@ def _root_marks(files: CheckpointFiles) -> list[str]:
         marks.append(dylora.FORMAT)
     if has_weights(files, root):
         marks.append("weights")
-    if files.exists(root / "xlora_config.json"):
-        raise _unsupported(root / "xlora_config.json", "X-LoRA")
+    if files.exists(root / XLORA_CONFIG):
+        marks.append(XLORA)
     if files.exists(root / "adapter_config.json"):
         marks.append(_of_adapter(files))
     if files.exists(root / BUNDLE_FILE):
@@ -100,16 +126,14 @@ def _of_adapter(files: CheckpointFiles) -> str:
     config = files.read_json(path)
     kind = config.get("peft_type")
     if kind != "LORA":
-        raise _unsupported(path, _OTHER_PEFT.get(str(kind), f"peft_type {str(kind)[:40]}"))
-    weights = files.root / "adapter_model.safetensors"
-    if files.exists(weights):
-        for key in files.header(weights):
-            if ".lora_route." in key:
-                raise _unsupported(weights, "LoRAMoE or HydraLoRA")
-            if ".router.router." in key:
-                raise _unsupported(weights, "MoLA")
-    if "lora_nums" in config:
-        raise _unsupported(path, "LoRAMoE or HydraLoRA")
+        if kind not in OF_PEFT_TYPE:
+            raise UnknownFormat(path, "peft_type", found=repr(kind)[:80], expected=f"LORA, {', '.join(OF_PEFT_TYPE)}")
+        return OF_PEFT_TYPE[kind]
+    names = _adapter_tensors(files)
+    if any(".lora_route." in name for name in names) or "lora_nums" in config:
+        return LORAMOE if any(".lora_A0." in name for name in names) else HYDRALORA
+    if any(".router.router." in name for name in names):
+        return MOLA
     router = _router_file(files)
     if router:
         found = f"a LoRA and {router}"
@@ -117,11 +141,18 @@ def _of_adapter(files: CheckpointFiles) -> str:
     return peft_lora.LORA_FORMAT
 
 
+def _adapter_tensors(files: CheckpointFiles) -> list[str]:
+    safe, pickled = files.root / "adapter_model.safetensors", files.root / "adapter_model.bin"
+    if files.exists(safe):
+        return list(files.header(safe))
+    return files.pickle_keys(pickled) if files.exists(pickled) else []
+
+
 def _of_weights(files: CheckpointFiles) -> str:
     root = files.root
     config = files.read_json(root / "config.json") if files.exists(root / "config.json") else {}
     if isinstance(config.get("adapter_configs"), list) and "router_layers" in config:
-        raise _unsupported(root / "config.json", "mergoo LoRA-MoE")
+        return MERGOO
     weights = find_weights(files, root)
     if weights.is_pickled:
         is_plain = config.get("model_type") and not is_dylora_config(config) and weights.paths[0] not in dylora_pickles(root)
@@ -140,8 +171,8 @@ def _of_weights(files: CheckpointFiles) -> str:
 def _of_subdirectories(files: CheckpointFiles) -> str:
     root = files.root
     names = [directory.name for directory in peft_lora.adapter_directories(root)]
-    if "arrow_router" in names:
-        raise _unsupported(root / "arrow_router", "PEFT Arrow")
+    if ARROW_ROUTER in names:
+        return ARROW
     router = _router_file(files)
     if names and router:
         found = f"the adapters {', '.join(names[:8])} and {router}"
@@ -155,7 +186,3 @@ def _of_subdirectories(files: CheckpointFiles) -> str:
 
 def _router_file(files: CheckpointFiles) -> str | None:
     return next((name for name in dylora.ROUTER_FILES if files.exists(files.root / name)), None)
-
-
-def _unsupported(path: Path, name: str) -> UnknownFormat:
-    return UnknownFormat(path, "", found=f"{name}, which is recognised but not supported", expected=_KNOWN)

@@ -83,6 +83,11 @@ class CheckpointFiles:
         self.convert([path])
         return self._pickles.pop(path)
 
+    def pickle_keys(self, path: Path) -> list[str]:
+        """The top keys of a pickle, which is read as `pickle` reads it and kept for that call."""
+        self.convert([path])
+        return [str(key) for key in self._pickles[path]]
+
     def warn(self, text: str) -> None:
         line = one_line(text)
         if line not in self.warnings:

@@ -7,9 +7,14 @@ from dataclasses import dataclass
 
 @dataclass(frozen=True)
 class ReadOptions:
-    """None leaves a value to the files, then, for the router's three, to the recorded assumption."""
+    """None leaves a value to the files, then, for the router's three, to the recorded assumption.
+
+    top_k: experts per token; a tuple gives one for each layer of the base model (MoLA).
+    rng_seed: of Arrow's prototypes, where its files record none.
+    """
 
     lora_alpha: float | None = None
-    top_k: int | None = None
+    top_k: int | tuple[int, ...] | None = None
     temperature: float | None = None
     router_features: str | None = None
+    rng_seed: int | None = None

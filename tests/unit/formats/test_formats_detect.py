@@ -92,28 +92,55 @@ def test_adapters_beside_a_router_are_refused(tmp_path):
         detect_model_format(tmp_path)
 
 
-@pytest.mark.parametrize(("kind", "word"), [("XLORA", "X-LoRA"), ("MIXLORA", "MixLoRA"), ("POLY", "Poly"), ("IA3", "IA3")])
-def test_other_tuners_are_recognised_and_refused(tmp_path, kind, word):
+@pytest.mark.parametrize(
+    ("kind", "name"),
+    [
+        ("XLORA", "peft-xlora"),
+        ("MIXLORA", "mixlora"),
+        ("LORAMOE", "moe-peft-loramoe"),
+        ("MOLA", "moe-peft-mola"),
+        ("MOLE", "adamole"),
+        ("ADAMOLE", "adamole"),
+        ("POLY", "peft-poly"),
+        ("ADALORA", "peft-adalora"),
+    ],
+)
+def test_other_tuners_are_told_by_their_peft_type(tmp_path, kind, name):
     written.write_adapter(tmp_path, peft_type=kind)
-    with pytest.raises(UnknownFormat, match=word):
+    assert detect_model_format(tmp_path) == name
+
+
+@pytest.mark.parametrize("kind", ["IA3", "lora", None, 3])
+def test_unknown_tuners_are_refused_with_the_known_ones(tmp_path, kind):
+    written.write_adapter(tmp_path, peft_type=kind)
+    with pytest.raises(UnknownFormat, match=f"{kind!r}.*XLORA"):
         detect_model_format(tmp_path)
 
 
-@pytest.mark.parametrize(("key", "word"), [("lora_route.weight", "HydraLoRA"), ("router.router.weight", "MoLA")])
-def test_mixtures_that_call_themselves_lora_are_seen_in_the_header(tmp_path, key, word):
-    tensors = written.pairs() | {f"base_model.model.{written.MODULES[0]}.{key}": torch.ones(2, 8)}
+@pytest.mark.parametrize(
+    ("keys", "name"),
+    [
+        (["lora_route.weight", "lora_A0.weight"], "loramoe"),
+        (["lora_route.weight", "lora_B0.weight"], "hydralora"),
+        (["router.router.weight"], "mola"),
+    ],
+)
+@pytest.mark.parametrize("pickled", [False, True])
+def test_mixtures_that_call_themselves_lora_are_told_by_their_tensors(tmp_path, keys, name, pickled):
+    tensors = written.pairs() | {f"base_model.model.{written.MODULES[0]}.{key}": torch.ones(2, 8) for key in keys}
     written.write_adapter(tmp_path, tensors)
-    with pytest.raises(UnknownFormat, match=word):
-        detect_model_format(tmp_path)
+    if pickled:
+        torch.save(tensors, tmp_path / "adapter_model.bin")
+        (tmp_path / "adapter_model.safetensors").unlink()
+    assert detect_model_format(tmp_path) == name
 
 
-def test_mergoo_arrow_and_standalone_xlora_are_recognised_and_refused(tmp_path):
+def test_mergoo_arrow_and_standalone_xlora_are_told_by_their_files(tmp_path):
     written.base(tmp_path / "mergoo", adapter_configs=[], router_layers=["q_proj"], num_experts_per_tok=2)
-    written.write_adapter(tmp_path / "arrow" / "arrow_router")
+    written.write_adapter(tmp_path / "peft-arrow" / "arrow_router")
     written.write_json(tmp_path / "xlora" / "xlora_config.json", {})
-    for name, word in (("mergoo", "mergoo"), ("arrow", "Arrow"), ("xlora", "X-LoRA")):
-        with pytest.raises(UnknownFormat, match=word):
-            detect_model_format(tmp_path / name)
+    for name in ("mergoo", "peft-arrow", "xlora"):
+        assert detect_model_format(tmp_path / name) == name
 
 
 def test_unknown_contents_are_listed_with_the_known_formats(tmp_path):
