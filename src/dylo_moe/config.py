@@ -10,7 +10,7 @@ from peft import LoraConfig
 
 from dylo_moe.formats.checkpoint import ROUTER_FEATURES
 
-ROUTER_TYPES = ("dynamic_hybrid",)
+ROUTER_TYPES = ("dynamic_hybrid", "xlora", "gates")
 LOAD_BALANCE_LOSS_TYPES = ("mse", "switch", "none")
 
 
@@ -25,11 +25,12 @@ class MoELoraConfig(LoraConfig):
         router_hidden_size: width of the router's input; None takes the base model's hidden size.
         router_aux_loss_coef: weight of the load-balancing loss in `loss`, at least 0.
         router_temperature: divides the gate's logits in training, above 0.
-        router_type: "dynamic_hybrid", the DynamicHybridRouter.
+        router_type: "dynamic_hybrid" (the DynamicHybridRouter), "xlora" (X-LoRA's classifier) or "gates" (one per layer).
         load_balance_loss_type: "mse" (mean squared distance of the mean weights from 1/E, as DyLoRA-MoE),
             "switch" (E * sum_e fraction_e * mean_weight_e, arXiv 2101.03961 eq. 4) or "none".
         router_features: what the router sees: "base" (last hidden state with the adapters off), "all_experts"
             (the same with every adapter on), "embedding", or "layer" (the routed layer's own input).
+        shared_adapter: name of an adapter that is no expert: always added, with weight 1.
 
     Raises:
         ValueError: a value is out of range; the message names the field, what was found and what is allowed.
@@ -44,6 +45,7 @@ class MoELoraConfig(LoraConfig):
     router_type: str = field(default="dynamic_hybrid")
     load_balance_loss_type: str = field(default="mse")
     router_features: str = field(default="base")
+    shared_adapter: str | None = field(default=None)
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -59,6 +61,8 @@ class MoELoraConfig(LoraConfig):
         coefficient, temperature = self.router_aux_loss_coef, self.router_temperature
         _require(_is_number(coefficient) and coefficient >= 0, "router_aux_loss_coef", coefficient, "a number >= 0")
         _require(_is_number(temperature) and temperature > 0, "router_temperature", temperature, "a number above 0")
+        shared = self.shared_adapter
+        _require(shared is None or isinstance(shared, str), "shared_adapter", shared, "None or an adapter's name")
         _require_one_of("router_type", self.router_type, ROUTER_TYPES)
         _require_one_of("load_balance_loss_type", self.load_balance_loss_type, LOAD_BALANCE_LOSS_TYPES)
         _require_one_of("router_features", self.router_features, ROUTER_FEATURES)

@@ -44,6 +44,9 @@ class ExpertManager:
 
     @property
     def expert_names(self) -> list[str]:
+        mixture = self._mixture()
+        if mixture is not None:
+            return mixture.expert_names
         return expert_order(list(self.model.peft_config)) if isinstance(self.model, PeftModel) else []
 
     @property
@@ -104,14 +107,17 @@ class ExpertManager:
             return
         mixture.forced = None
         self._set_trainable(self.expert_names)
+        if mixture.shared is not None:
+            self._set_trainable([mixture.shared], of=[mixture.shared])
 
     def _mixture(self) -> Mixture | None:
         return next((m.mixture for m in self.model.modules() if isinstance(m, RoutedLinear)), None)
 
-    def _set_trainable(self, names: list[str]) -> None:
+    def _set_trainable(self, names: list[str], of: list[str] | None = None) -> None:
+        """These adapters train, the others of `of` (all experts) do not."""
         for module in self.model.modules():
             if isinstance(module, RoutedLinear):
-                for name in self.expert_names:
+                for name in self.expert_names if of is None else of:
                     for part in (module.lora_A, module.lora_B):
                         if name in part:
                             part[name].requires_grad_(name in names)

@@ -13,12 +13,11 @@ from peft import LoraConfig, PeftModel, get_peft_model
 from transformers import CONFIG_MAPPING, AutoConfig, AutoModelForCausalLM, PretrainedConfig, PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
-from dylo_moe.config import MoELoraConfig
 from dylo_moe.errors import InvalidField, ShapeMismatch
 from dylo_moe.formats import Checkpoint, Expert, read_checkpoint
 from dylo_moe.formats.base import check_experts_fit_base, read_base, resolve_base
 from dylo_moe.model import DyLoRA_MoE, attach_router
-from dylo_moe.router import DynamicHybridRouter
+from dylo_moe.routers import build_config, build_router
 
 
 def load_checkpoint(  # noqa: PLR0913 - from_pretrained's own habit: one option per thing that files may not hold
@@ -28,9 +27,10 @@ def load_checkpoint(  # noqa: PLR0913 - from_pretrained's own habit: one option 
     device_map: Any = None,
     *,
     lora_alpha: float | None = None,
-    top_k: int | None = None,
+    top_k: int | tuple[int, ...] | None = None,
     temperature: float | None = None,
     router_features: str | None = None,
+    rng_seed: int | None = None,
     expect_hash: str | None = None,
     attn_implementation: str | None = None,
     trust_remote_code: bool = False,
@@ -44,7 +44,8 @@ def load_checkpoint(  # noqa: PLR0913 - from_pretrained's own habit: one option 
         dtype: of the base model, "auto" or None for the one it is stored in; experts and router keep theirs, except that
             16-bit ones become float32, as in PEFT.
         device_map: as in transformers' from_pretrained.
-        lora_alpha, top_k, temperature, router_features: for layouts whose files do not hold them, and to override.
+        lora_alpha, top_k, temperature, router_features, rng_seed: for layouts whose files do not hold them, and to override;
+            see read_checkpoint.
         expect_hash: refuse files whose hash is another.
 
     Returns:
@@ -60,6 +61,7 @@ def load_checkpoint(  # noqa: PLR0913 - from_pretrained's own habit: one option 
         top_k=top_k,
         temperature=temperature,
         router_features=router_features,
+        rng_seed=rng_seed,
         expect_hash=expect_hash,
     )
     options = {
@@ -73,7 +75,8 @@ def load_checkpoint(  # noqa: PLR0913 - from_pretrained's own habit: one option 
     if not checkpoint.experts:
         base.checkpoint = checkpoint
         return base.eval()
-    model = attach_router(add_experts(base, checkpoint.experts), *_router_and_config(checkpoint))
+    peft_model = add_experts(base, checkpoint.adapters)
+    model = attach_router(peft_model, build_router(checkpoint, base), build_config(checkpoint))
     model.checkpoint = checkpoint
     return model.eval()
 
@@ -110,7 +113,7 @@ def _base(
     location = resolve_base(checkpoint.base_model, given, checkpoint=checkpoint.path)
     if not Path(location).is_dir():  # a hub id that the user gave
         return AutoModelForCausalLM.from_pretrained(location, **options), ()
-    notes = check_experts_fit_base(location, checkpoint.experts, checkpoint.router)
+    notes = check_experts_fit_base(location, checkpoint.adapters, checkpoint.router)
     return _from_directory(location, read_base(location).config, options), notes
 
 
@@ -189,22 +192,3 @@ def _set_weights(peft_model: PeftModel, expert: Expert) -> None:
             if parameter.shape != tensor.shape:
                 raise ShapeMismatch(module, expert.name, found=tuple(tensor.shape), expected=tuple(parameter.shape))
             parameter.data = tensor.to(device=parameter.device, dtype=parameter.dtype).clone()
-
-
-def _router_and_config(checkpoint: Checkpoint) -> tuple[DynamicHybridRouter | None, MoELoraConfig]:
-    state = checkpoint.router
-    if state is None:
-        return None, MoELoraConfig(num_experts=checkpoint.num_experts, **checkpoint.load_balance)
-    router = DynamicHybridRouter(state.hidden_size, state.num_experts, state.top_k, state.temperature)
-    # A 16-bit gate would round weights to 3 digits; like the experts in PEFT, it computes in float32.
-    wide = torch.promote_types(state.weight.dtype, torch.float32)
-    router.gate.weight.data, router.gate.bias.data = state.weight.to(wide).clone(), state.bias.to(wide).clone()
-    config = MoELoraConfig(
-        num_experts=checkpoint.num_experts,
-        top_k_experts=state.top_k,
-        router_hidden_size=state.hidden_size,
-        router_temperature=state.temperature,
-        router_features=state.features,
-        **checkpoint.load_balance,
-    )
-    return router, config

@@ -7,9 +7,6 @@ from typing import Any
 
 import torch
 from peft import PeftModel
-from peft.tuners.lora import Linear as LoraLinear
-from peft.tuners.tuners_utils import BaseTunerLayer
-from peft.utils.other import AuxiliaryTrainingWrapper
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 from transformers.modeling_outputs import MoeCausalLMOutputWithPast
@@ -18,6 +15,7 @@ from dylo_moe.config import MoELoraConfig
 from dylo_moe.errors import RoutingError
 from dylo_moe.expert import ExpertManager, expert_order
 from dylo_moe.formats import Checkpoint, Expert, LoraPair, RouterState, write_native
+from dylo_moe.routable import restore_layers, routable_layers, route_layers, routed_units
 from dylo_moe.routed import Mixture, RoutedLinear
 from dylo_moe.router import DynamicHybridRouter, load_balancing_loss
 from dylo_moe.routing import Routing
@@ -31,7 +29,8 @@ class DyLoRA_MoE(nn.Module):
 
     Args:
         peft_model: a PeftModel; each LoRA adapter is an expert (see `expert.expert_order`).
-        router: maps (batch, seq, hidden) to (batch, seq, experts); None if every call names weights, expert or strategy.
+        router: maps (batch, seq, hidden) to (batch, seq, experts) or (batch, seq, layers, experts); or a ModuleList with one gate
+            per routed layer, for the features "layer"; None if every call names weights, expert or strategy.
         config: how to route; None takes the router's own values and the features "base".
 
     Raises:
@@ -40,21 +39,25 @@ class DyLoRA_MoE(nn.Module):
 
     def __init__(self, peft_model: PeftModel, router: nn.Module | None, config: MoELoraConfig | None = None) -> None:
         super().__init__()
-        names = expert_order(list(peft_model.peft_config))
+        shared = config.shared_adapter if config is not None else None
+        names = expert_order([name for name in peft_model.peft_config if name != shared])
         self.moe_config = config or _default_config(router, len(names))
         if not self.moe_config.use_moe_routing:
             raise RoutingError("config.use_moe_routing is False; use the PeftModel itself for plain LoRA")
-        layers = _routable_layers(peft_model.get_base_model())
+        layers = routable_layers(peft_model.get_base_model())
+        mixture = Mixture(names, shared)
+        _check_shared(peft_model, shared)
         _check_counts(router, self.moe_config, names)
         _check_router_values(router, self.moe_config)
         _check_no_biases(peft_model)
-        _check_router_width(router, self.moe_config.router_features, peft_model.get_base_model(), layers)
+        units = {name: layers[name].in_features for name in routed_units(layers, mixture)}
+        _check_router_width(router, self.moe_config.router_features, peft_model.get_base_model(), units)
         self.peft_model = peft_model
         self.router = router
-        self.mixture = Mixture(names)
+        self.mixture = mixture
         self.expert_manager = ExpertManager(peft_model)
         self._trainable_before = {n: p.requires_grad for n, p in peft_model.named_parameters()}
-        _route_layers(self.causal_lm, layers, self.mixture)
+        route_layers(self.causal_lm, layers, mixture)
         self.routing = Routing(self.causal_lm, self.mixture, router, self.moe_config.router_features)
         # The router must not be dense because nobody called eval() on it while the model was evaluated.
         self.training = self.causal_lm.training
@@ -258,64 +261,41 @@ def detach_router(model: DyLoRA_MoE) -> PeftModel:
     if not isinstance(model, DyLoRA_MoE):
         raise RoutingError(f"detach_router takes the model that attach_router returned, not a {type(model).__name__}")
     model.routing.remove()
-    for name, layer in model.routed_layers().items():
-        original = layer.source[0]
-        # Flags that PEFT's methods have set on the routed layer since: training, active adapter, adapters disabled.
-        original.__dict__.update({key: layer.__dict__[key] for key in original.__dict__ if key in layer.__dict__})
-        _replace(model.causal_lm, name, original)
+    restore_layers(model.causal_lm)
     for name, parameter in model.peft_model.named_parameters():
         parameter.requires_grad_(model._trainable_before.get(name, parameter.requires_grad))
     return model.peft_model
 
 
-def _routable_layers(causal_lm: PreTrainedModel) -> dict[str, LoraLinear]:
-    layers = {}
-    for name, module in causal_lm.named_modules():
-        if isinstance(module, RoutedLinear):
-            raise RoutingError(f"{name} is routed already; call detach_router first")
-        if isinstance(module, AuxiliaryTrainingWrapper):
-            raise RoutingError(f"{name} was trained beside the LoRA ({type(module).__name__}), which cannot be mixed")
-        if not isinstance(module, BaseTunerLayer):
-            continue
-        if type(module) is not LoraLinear or module.lora_variant or any(module.lora_bias.values()):
-            variant = ", ".join(sorted(type(v).__name__ for v in getattr(module, "lora_variant", {}).values()))
-            kind = f"{type(module).__module__}.{type(module).__name__} {variant}".strip()
-            raise RoutingError(f"{name} is a {kind}, but should be a plain LoRA on a Linear or Conv1D")
-        layers[name] = module
-    if not layers:
-        raise RoutingError("the model has no LoRA layer to route")
-    return layers
-
-
-def _route_layers(causal_lm: PreTrainedModel, layers: dict[str, LoraLinear], mixture: Mixture) -> None:
-    readout = causal_lm.get_output_embeddings()
-    mixture.num_layers = len(layers)
-    for index, (name, layer) in enumerate(layers.items()):
-        _replace(causal_lm, name, RoutedLinear(layer, mixture, index, is_readout=layer is readout))
-
-
-def _replace(root: nn.Module, name: str, module: nn.Module) -> None:
-    parent, _, child = name.rpartition(".")
-    setattr(root.get_submodule(parent), child, module)
-
-
 def _default_config(router: nn.Module | None, num_experts: int) -> MoELoraConfig:
+    per_layer = isinstance(router, nn.ModuleList)
     return MoELoraConfig(
         num_experts=num_experts,
-        top_k_experts=getattr(router, "top_k", 1),
-        router_temperature=getattr(router, "temperature", 2.0),
+        top_k_experts=getattr(router, "top_k", None) or 1,
+        router_temperature=getattr(router, "temperature", None) or 2.0,
+        router_type="gates" if per_layer else "dynamic_hybrid",
+        router_features="layer" if per_layer else "base",
     )
+
+
+def _check_shared(peft_model: PeftModel, shared: str | None) -> None:
+    if shared is not None and shared not in peft_model.peft_config:
+        found = ", ".join(peft_model.peft_config)
+        raise RoutingError(f"config.shared_adapter={shared!r}, but should be None or one of the adapters {found}")
 
 
 def _check_counts(router: nn.Module | None, config: MoELoraConfig, names: list[str]) -> None:
     counts = {"adapters": len(names), "config.num_experts": config.num_experts}
-    if hasattr(router, "num_experts"):
-        counts["router.num_experts"] = router.num_experts
+    for index, gate in enumerate(router if isinstance(router, nn.ModuleList) else [router]):
+        if hasattr(gate, "num_experts"):
+            counts[f"router[{index}].num_experts" if gate is not router else "router.num_experts"] = gate.num_experts
     if len(set(counts.values())) != 1:
         raise RoutingError("the number of experts differs: " + ", ".join(f"{k}={v}" for k, v in counts.items()))
 
 
 def _check_router_values(router: nn.Module | None, config: MoELoraConfig) -> None:
+    if isinstance(router, nn.ModuleList) and config.router_features != "layer":
+        raise RoutingError(f"router_features={config.router_features!r}, but a router per layer has the features 'layer'")
     for field, name in (("top_k_experts", "top_k"), ("router_temperature", "temperature")):
         found = getattr(router, name, None)
         if found is not None and found != getattr(config, field):
@@ -328,17 +308,16 @@ def _check_no_biases(peft_model: PeftModel) -> None:
             raise RoutingError(f"adapter {name} was trained with bias={config.bias!r}, which cannot be mixed")
 
 
-def _check_router_width(
-    router: nn.Module | None, features: str, causal_lm: PreTrainedModel, layers: dict[str, LoraLinear]
-) -> None:
-    width = getattr(router, "input_size", None)
-    if width is None:
-        return
-    inputs = {name: layer.in_features for name, layer in layers.items()}
+def _check_router_width(router: nn.Module | None, features: str, causal_lm: PreTrainedModel, units: dict[str, int]) -> None:
+    """units: input width by path, of what is routed."""
+    if isinstance(router, nn.ModuleList) and len(router) != len(units):
+        raise RoutingError(f"{len(router)} gates for {len(units)} routed layers, but should be one each")
+    gates = list(router) if isinstance(router, nn.ModuleList) else [router] * len(units)
     if features != "layer":
-        inputs = {"the hidden state": causal_lm.get_input_embeddings().weight.shape[1]}
-    for name, found in inputs.items():
-        if found != width:
+        gates, units = [router], {"the hidden state": causal_lm.get_input_embeddings().weight.shape[1]}
+    for gate, (name, found) in zip(gates, units.items(), strict=True):
+        width = getattr(gate, "input_size", None)
+        if width is not None and found != width:
             raise RoutingError(f"the router takes inputs of width {width}, but {name} has width {found}")
 
 

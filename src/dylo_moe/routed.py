@@ -16,7 +16,8 @@ from torch.nn import functional as F
 
 from dylo_moe.errors import RoutingError, UnknownExpert
 
-# None: adapters off. int: that expert alone. Tensor: (B|1, S|1, E) or (B, S, L, E). nn.Module: routes each layer's own input.
+# None: adapters off. int: that expert alone. Tensor: (B|1, S|1, E) or (B, S, L, E). nn.Module: routes each layer's own input;
+# a ModuleList has one gate per layer, any other module is shared by all of them.
 Route = None | int | Tensor | nn.Module
 
 
@@ -24,10 +25,15 @@ class Mixture:
     """What the routed layers of one model mix at this moment. One object per model, shared by its layers.
 
     A layer outside of a routed forward pass refuses to run: falling back to any mixture would be silently wrong.
+
+    Args:
+        expert_names: adapters in the order of the routing weights' columns.
+        shared: an adapter that is no expert: added with weight 1 wherever it exists, unless the adapters are off.
     """
 
-    def __init__(self, expert_names: list[str]) -> None:
+    def __init__(self, expert_names: list[str], shared: str | None = None) -> None:
         self.expert_names = expert_names
+        self.shared = shared
         self.num_layers = 0
         self.forced: int | Tensor | None = None
         self.kept_positions: int | Tensor | None = None  # the pass's logits_to_keep
@@ -74,9 +80,11 @@ class RoutedLinear(LoraLinear):
 
     It is the PEFT layer with another forward: parameters, buffers, scalings and names are the layer's own objects, so
     state dicts, optimizers and PEFT's methods see what they saw before, and `source` can be put back untouched.
+
+    index: the layer's place in per-layer weights; None where no expert, only the shared adapter, has weights on it.
     """
 
-    def __init__(self, layer: LoraLinear, mixture: Mixture, index: int, *, is_readout: bool = False) -> None:
+    def __init__(self, layer: LoraLinear, mixture: Mixture, index: int | None, *, is_readout: bool = False) -> None:
         nn.Module.__init__(self)
         self.__dict__.update(layer.__dict__)
         self.source = (layer,)  # a tuple, so that it is not registered as a child
@@ -93,13 +101,20 @@ class RoutedLinear(LoraLinear):
         result = self.base_layer(x, *args, **kwargs)
         if route is None or self.disable_adapters:
             return result
+        if self.mixture.shared is not None:
+            result = self._add_expert(result, x, self.mixture.shared)
         if isinstance(route, int):
             return self._add_expert(result, x, self.mixture.expert_names[route])
+        if not self.experts_here:
+            return result
         return self._add_mixture(result, x, self._weights_here(route, x))
 
     def mix(self, x: Tensor, weights: Tensor) -> Tensor:
         """The layer alone. x: (B, S, in); weights: (B, S, E), or (B, 1, E) for the whole sequence -> (B, S, out)."""
-        return self._add_mixture(self.base_layer(x), x, weights)
+        result = self.base_layer(x)
+        if self.mixture.shared is not None:
+            result = self._add_expert(result, x, self.mixture.shared)
+        return self._add_mixture(result, x, weights)
 
     def merge(self, safe_merge: bool = False, adapter_names: list[str] | None = None) -> None:
         raise RoutingError("a routed layer cannot be merged into the base; call detach_router first")
@@ -114,7 +129,8 @@ class RoutedLinear(LoraLinear):
 
     def _weights_here(self, route: Tensor | nn.Module, x: Tensor) -> Tensor:
         if isinstance(route, nn.Module):
-            weights = self.mixture.layer_weights[self.index] = route(x)
+            gate = route[self.index] if isinstance(route, nn.ModuleList) else route
+            weights = self.mixture.layer_weights[self.index] = gate(x)
             return weights
         weights = route[:, :, self.index] if route.dim() == 4 else route
         kept = self.mixture.kept_positions

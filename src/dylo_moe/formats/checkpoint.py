@@ -181,3 +181,8 @@ class Checkpoint:
     @property
     def num_experts(self) -> int:
         return len(self.experts)
+
+    @property
+    def adapters(self) -> tuple[Expert, ...]:
+        """The experts, and the shared adapter after them."""
+        return self.experts if self.shared is None else (*self.experts, self.shared)

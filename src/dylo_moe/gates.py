@@ -1,0 +1,146 @@
+"""One gate for one routed unit, on the unit's own input: Arrow, mergoo, LoRAMoE, HydraLoRA, MoLA, AdaMoLE, MixLoRA.
+
+Shapes: B batch, S sequence, E experts of the model, e experts of this unit (e <= E), I inputs of the unit.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import torch
+from torch import Tensor, nn
+
+from dylo_moe.errors import RoutingError
+from dylo_moe.formats import GATE_RULES, GatesState, GateState
+
+
+class LayerGate(nn.Module):
+    """Weights of one unit's experts from the unit's input, by one of GATE_RULES; the same in training and evaluation.
+
+    Args:
+        state: the gate's tensors and top_k.
+        gates: what all gates of the model share: rule, temperature, threshold, number of experts.
+
+    Raises:
+        RoutingError: an unknown rule, a rule without its threshold, or top_k out of range.
+    """
+
+    def __init__(self, state: GateState, gates: GatesState) -> None:
+        super().__init__()
+        here, self.input_size = state.weight.shape
+        _check(state, gates, here)
+        self.num_experts = gates.num_experts
+        self.rule = gates.rule
+        self.top_k = state.top_k
+        self.temperature = gates.temperature
+        self.threshold = gates.threshold
+        self.gate = _linear(state.weight, state.bias)
+        self.threshold_gate = None
+        if state.threshold_weight is not None:
+            self.threshold_gate = _linear(state.threshold_weight, state.threshold_bias)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """x: (B, S, I) of any float dtype -> weights (B, S, E) in the gate's; experts that are not here have weight 0."""
+        x = x.to(self.gate.weight.dtype)
+        weights = _RULES[self.rule](self, self.gate(x), x)
+        return nn.functional.pad(weights, (0, self.num_experts - weights.shape[-1]))
+
+    def state(self) -> GateState:
+        """The tensors as they are now, on the CPU."""
+        threshold = self.threshold_gate
+        return GateState(
+            weight=_stored(self.gate.weight),
+            bias=_stored(self.gate.bias),
+            top_k=self.top_k,
+            threshold_weight=None if threshold is None else _stored(threshold.weight),
+            threshold_bias=None if threshold is None else _stored(threshold.bias),
+        )
+
+    def extra_repr(self) -> str:
+        return f"rule={self.rule}, top_k={self.top_k}"
+
+
+def _softmax(gate: LayerGate, logits: Tensor, x: Tensor) -> Tensor:
+    return torch.softmax(logits, dim=-1)
+
+
+def _softmax_topk(gate: LayerGate, logits: Tensor, x: Tensor) -> Tensor:
+    top = torch.topk(torch.softmax(logits, dim=-1), gate.top_k, dim=-1)
+    return _scattered(logits, top.indices, top.values / top.values.sum(dim=-1, keepdim=True))
+
+
+def _topk_softmax(gate: LayerGate, logits: Tensor, x: Tensor) -> Tensor:
+    top = torch.topk(logits, gate.top_k, dim=-1)
+    return _scattered(logits, top.indices, torch.softmax(top.values, dim=-1))
+
+
+def _arrow(gate: LayerGate, logits: Tensor, x: Tensor) -> Tensor:
+    top = torch.topk(logits.abs(), gate.top_k, dim=-1)
+    return _scattered(logits, top.indices, torch.softmax(top.values / gate.temperature, dim=-1))
+
+
+def _top_p(gate: LayerGate, logits: Tensor, x: Tensor) -> Tensor:
+    probabilities = torch.softmax(logits, dim=-1)
+    ordered, order = torch.sort(probabilities, dim=-1, descending=True)
+    before = ordered.cumsum(dim=-1) - ordered
+    return _scattered(logits, order, torch.where(before < gate.threshold, ordered, 0.0))
+
+
+def _threshold(gate: LayerGate, logits: Tensor, x: Tensor) -> Tensor:
+    probabilities = torch.softmax(logits, dim=-1)
+    return _normalised(torch.where(probabilities >= gate.threshold, probabilities, 0.0))
+
+
+def _adaptive_threshold(gate: LayerGate, logits: Tensor, x: Tensor) -> Tensor:
+    threshold = gate.threshold * torch.sigmoid(gate.threshold_gate(x))
+    return _normalised(torch.relu(torch.softmax(logits, dim=-1) - threshold))
+
+
+_RULES: dict[str, Callable[[LayerGate, Tensor, Tensor], Tensor]] = {
+    "softmax": _softmax,
+    "softmax_topk": _softmax_topk,
+    "topk_softmax": _topk_softmax,
+    "arrow": _arrow,
+    "top_p": _top_p,
+    "threshold": _threshold,
+    "adaptive_threshold": _adaptive_threshold,
+}
+_WITH_TOP_K = ("softmax_topk", "topk_softmax", "arrow")
+_WITH_THRESHOLD = ("top_p", "threshold", "adaptive_threshold")
+
+
+def _scattered(logits: Tensor, indices: Tensor, values: Tensor) -> Tensor:
+    return torch.zeros_like(logits).scatter(-1, indices, values)
+
+
+def _normalised(weights: Tensor) -> Tensor:
+    """Divided by their sum; all zero stays all zero."""
+    total = weights.sum(dim=-1, keepdim=True)
+    return weights / torch.where(total == 0, 1.0, total)
+
+
+def _linear(weight: Tensor, bias: Tensor | None) -> nn.Linear:
+    linear = nn.Linear(weight.shape[1], weight.shape[0], bias=bias is not None, device="meta")
+    # A 16-bit gate would round weights to 3 digits; like the experts in PEFT, it computes in float32.
+    wide = torch.promote_types(weight.dtype, torch.float32)
+    linear.weight = nn.Parameter(weight.to(wide, copy=True))
+    if bias is not None:
+        linear.bias = nn.Parameter(bias.to(wide, copy=True))
+    return linear
+
+
+def _stored(parameter: Tensor | None) -> Tensor | None:
+    return None if parameter is None else parameter.detach().cpu()
+
+
+def _check(state: GateState, gates: GatesState, here: int) -> None:
+    if gates.rule not in GATE_RULES:
+        raise RoutingError(f"gate rule {gates.rule!r}, but should be one of {', '.join(GATE_RULES)}")
+    if gates.rule in _WITH_TOP_K and (state.top_k is None or not 1 <= state.top_k <= here):
+        raise RoutingError(f"top_k={state.top_k} of a gate, but should be from 1 to {here}, its number of experts")
+    if gates.rule in _WITH_THRESHOLD and gates.threshold is None:
+        raise RoutingError(f"gate rule {gates.rule} without a threshold")
+    if gates.rule == "adaptive_threshold" and state.threshold_weight is None:
+        raise RoutingError("gate rule adaptive_threshold without a threshold gate")
+    if gates.rule == "arrow" and not gates.temperature > 0:
+        raise RoutingError(f"temperature={gates.temperature}, but should be above 0")

@@ -1,0 +1,61 @@
+"""From the router that a checkpoint holds to the module that routes."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import nn
+from transformers import PreTrainedModel
+
+from dylo_moe.config import MoELoraConfig
+from dylo_moe.errors import ShapeMismatch
+from dylo_moe.formats import Checkpoint, GatesState, RouterState
+from dylo_moe.gates import LayerGate
+from dylo_moe.router import DynamicHybridRouter
+
+
+def build_router(checkpoint: Checkpoint, causal_lm: PreTrainedModel) -> nn.Module | None:
+    """The router, with the checkpoint's tensors; 16-bit ones become float32, as the experts do in PEFT.
+
+    Raises:
+        ShapeMismatch: a gate on a module that the base model does not have.
+    """
+    state = checkpoint.router
+    if isinstance(state, GatesState):
+        return _gates(checkpoint, state, causal_lm)
+    if state is None:
+        return None
+    router = DynamicHybridRouter(state.hidden_size, state.num_experts, state.top_k, state.temperature)
+    # A 16-bit gate would round weights to 3 digits; like the experts in PEFT, it computes in float32.
+    wide = torch.promote_types(state.weight.dtype, torch.float32)
+    router.gate.weight.data, router.gate.bias.data = state.weight.to(wide).clone(), state.bias.to(wide).clone()
+    return router
+
+
+def _gates(checkpoint: Checkpoint, state: GatesState, causal_lm: PreTrainedModel) -> nn.ModuleList:
+    """One gate per routed unit, in the base model's own order of modules."""
+    names = [name for name, _ in causal_lm.named_modules() if name in state.gates]
+    lost = [name for name in state.gates if name not in names]
+    if lost:
+        found = f"a gate on {lost[0]}, which the base model does not have"
+        raise ShapeMismatch(checkpoint.path, lost[0], found=found, expected="gates of this base model")
+    return nn.ModuleList(LayerGate(state.gates[name], state) for name in names)
+
+
+def build_config(checkpoint: Checkpoint) -> MoELoraConfig:
+    """How the model routes, from what the checkpoint records."""
+    state = checkpoint.router
+    values: dict[str, Any] = {}
+    if isinstance(state, RouterState):
+        values = {
+            "top_k_experts": state.top_k,
+            "router_hidden_size": state.hidden_size,
+            "router_temperature": state.temperature,
+        }
+    elif isinstance(state, GatesState):
+        values = {"router_type": "gates"}
+    if state is not None:
+        values["router_features"] = state.features
+    shared = checkpoint.shared.name if checkpoint.shared is not None else None
+    return MoELoraConfig(num_experts=checkpoint.num_experts, shared_adapter=shared, **values, **checkpoint.load_balance)
