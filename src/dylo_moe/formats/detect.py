@@ -126,7 +126,7 @@ def _of_adapter(files: CheckpointFiles) -> str:
     config = files.read_json(path)
     kind = config.get("peft_type")
     if kind != "LORA":
-        if kind not in OF_PEFT_TYPE:
+        if not isinstance(kind, str) or kind not in OF_PEFT_TYPE:
             raise UnknownFormat(path, "peft_type", found=repr(kind)[:80], expected=f"LORA, {', '.join(OF_PEFT_TYPE)}")
         return OF_PEFT_TYPE[kind]
     names = _adapter_tensors(files)
