@@ -12,7 +12,7 @@ Marks, at the top of the directory:
     adapter_config.json                          by its peft_type; a LORA with the tensors of lora_route is loramoe or hydralora,
                                                  with router.router mola, else peft-lora
     one file checkpoint.pt, or a .pt by name     dylora-bundle
-    arrow_router/ with an arrow_config           peft-arrow, only where none of the above is present
+    arrow_router/                                peft-arrow
     subdirectories with adapter_config.json      lora-bag, only where none of the above is present
 
 Two marks are refused as ambiguous, but for one pair that DyLoRA-MoE itself writes: peft_adapters/ beside model weights is
@@ -26,6 +26,7 @@ from __future__ import annotations
 
 import os
 from pathlib import Path
+from typing import Any
 
 from dylo_moe.errors import MissingFile, UnknownFormat
 from dylo_moe.formats import dylora, native, peft_lora
@@ -72,7 +73,7 @@ BUNDLE_FILE = "checkpoint.pt"
 XLORA_CONFIG = "xlora_config.json"
 ARROW_ROUTER = "arrow_router"
 # Formats whose own experts lie in subdirectories with an adapter_config.json.
-_WITH_SUBDIRECTORIES = (XLORA, "peft-xlora")
+_WITH_SUBDIRECTORIES = (XLORA, ARROW, "peft-xlora")
 _KNOWN = f"one of {', '.join(FORMATS)}"
 
 
@@ -112,6 +113,8 @@ def _root_marks(files: CheckpointFiles) -> list[str]:
         marks.append(_of_adapter(files))
     if files.exists(root / BUNDLE_FILE):
         marks.append(BUNDLE)
+    if files.exists(root / ARROW_ROUTER):
+        marks.append(ARROW)
     return marks
 
 
@@ -129,16 +132,28 @@ def _of_adapter(files: CheckpointFiles) -> str:
         if not isinstance(kind, str) or kind not in OF_PEFT_TYPE:
             raise UnknownFormat(path, "peft_type", found=repr(kind)[:80], expected=f"LORA, {', '.join(OF_PEFT_TYPE)}")
         return OF_PEFT_TYPE[kind]
-    names = _adapter_tensors(files)
-    if any(".lora_route." in name for name in names) or "lora_nums" in config:
-        return LORAMOE if any(".lora_A0." in name for name in names) else HYDRALORA
-    if any(".router.router." in name for name in names):
-        return MOLA
+    mixture = _mixture_of_lora(files, config)
+    if mixture is not None:
+        return mixture
     router = _router_file(files)
     if router:
         found = f"a LoRA and {router}"
         raise UnknownFormat(files.root, "", found=found, expected="a LoRA without router, or experts in peft_adapters/")
     return peft_lora.LORA_FORMAT
+
+
+def _mixture_of_lora(files: CheckpointFiles, config: dict[str, Any]) -> str | None:
+    """The format of a mixture that calls itself a LORA; None for a plain one."""
+    names = _adapter_tensors(files)
+    route = next((name for name in names if ".lora_route." in name), None)
+    router = next((name for name in names if ".router.router." in name), None)
+    if route and router:
+        raise UnknownFormat(files.root, "", found=f"the tensors {route} and {router}", expected="one format")
+    if router:
+        return MOLA
+    if not route and "lora_nums" not in config:
+        return None
+    return LORAMOE if any(".lora_A0." in name for name in names) else HYDRALORA
 
 
 def _adapter_tensors(files: CheckpointFiles) -> list[str]:
@@ -151,9 +166,13 @@ def _adapter_tensors(files: CheckpointFiles) -> list[str]:
 def _of_weights(files: CheckpointFiles) -> str:
     root = files.root
     config = files.read_json(root / "config.json") if files.exists(root / "config.json") else {}
-    if isinstance(config.get("adapter_configs"), list) and "router_layers" in config:
-        return MERGOO
     weights = find_weights(files, root)
+    if isinstance(config.get("adapter_configs"), list) and "router_layers" in config:
+        full = next((key for key in weights.header if key.startswith("foundation_model.")), None)
+        if full or is_dylora_config(config):
+            found = f"the marks of {MERGOO} and {FULL_STATE}"
+            raise UnknownFormat(root / "config.json", "adapter_configs", found=found, expected="one format")
+        return MERGOO
     if weights.is_pickled:
         is_plain = config.get("model_type") and not is_dylora_config(config) and weights.paths[0] not in dylora_pickles(root)
         return MERGED if is_plain else FULL_STATE
@@ -171,8 +190,6 @@ def _of_weights(files: CheckpointFiles) -> str:
 def _of_subdirectories(files: CheckpointFiles) -> str:
     root = files.root
     names = [directory.name for directory in peft_lora.adapter_directories(root)]
-    if ARROW_ROUTER in names:
-        return ARROW
     router = _router_file(files)
     if names and router:
         found = f"the adapters {', '.join(names[:8])} and {router}"
