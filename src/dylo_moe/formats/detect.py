@@ -92,7 +92,8 @@ def detect(files: CheckpointFiles, path: Path) -> str:
         raise UnknownFormat(path, "", found=f"the marks of {' and '.join(found)}", expected=expected)
     if not found:
         return _of_subdirectories(files)
-    beside = [directory.name for directory in peft_lora.adapter_directories(files.root)]
+    own = native.SHARED if found[0] == native.FORMAT else None
+    beside = [directory.name for directory in peft_lora.adapter_directories(files.root) if directory.name != own]
     if beside and found[0] not in _WITH_SUBDIRECTORIES:
         files.warn(f"the adapters in {', '.join(beside)} were not read; name one of these directories to read it")
     return _of_weights(files) if found == ["weights"] else found[0]
@@ -174,8 +175,7 @@ def _of_weights(files: CheckpointFiles) -> str:
             raise UnknownFormat(root / "config.json", "adapter_configs", found=found, expected="one format")
         return MERGOO
     if weights.is_pickled:
-        is_plain = config.get("model_type") and not is_dylora_config(config) and weights.paths[0] not in dylora_pickles(root)
-        return MERGED if is_plain else FULL_STATE
+        return _of_pickled_weights(files, weights, config)
     if any(key.startswith("foundation_model.") for key in weights.header):
         return FULL_STATE
     foreign = [key for key in weights.header if ".lora_A." in key or ".lora_route." in key]
@@ -185,6 +185,18 @@ def _of_weights(files: CheckpointFiles) -> str:
     if not config:
         raise UnknownFormat(root, "", found="model weights without config.json", expected=_KNOWN)
     return MERGED
+
+
+def _of_pickled_weights(files: CheckpointFiles, weights: WeightFiles, config: Mapping[str, Any]) -> str:
+    """By the index of shards; else by config.json, and where that says neither, by the names in the pickle."""
+    if weights.placed:
+        return FULL_STATE if any(key.startswith("foundation_model.") for key in weights.placed) else MERGED
+    if not config.get("model_type") or weights.paths[0] in dylora_pickles(files.root):
+        return FULL_STATE
+    if is_dylora_config(config) and "_dylora_num_experts" not in config and "_dylora_original_type" in config:
+        keys = files.pickle_keys(weights.paths[0])
+        return FULL_STATE if any(key.startswith("foundation_model.") for key in keys) else MERGED
+    return FULL_STATE if is_dylora_config(config) else MERGED
 
 
 def _of_subdirectories(files: CheckpointFiles) -> str:

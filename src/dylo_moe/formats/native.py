@@ -1,4 +1,4 @@
-"""The native format, reading: moe_config.json, experts/<name>/ (each a plain PEFT LoRA), router.safetensors."""
+"""The native format, reading: moe_config.json, experts/<name>/ and shared/ (each a plain PEFT LoRA), router.safetensors."""
 
 from __future__ import annotations
 
@@ -9,11 +9,13 @@ from typing import Any
 from dylo_moe.errors import ExpertCountMismatch, ExpertMissing, GateMissing, InvalidField, MissingFile
 from dylo_moe.formats.adapter import check_expert_name, one_base_model, read_adapter
 from dylo_moe.formats.adapter_config import AdapterConfig, optional_text
-from dylo_moe.formats.checkpoint import Checkpoint, RouterState
+from dylo_moe.formats.checkpoint import Checkpoint, Expert, Router, RouterState
 from dylo_moe.formats.files import CheckpointFiles, entries
 from dylo_moe.formats.options import ReadOptions
 from dylo_moe.formats.patterns import natural_sorted
 from dylo_moe.formats.router_file import check_router_values, gate_rows, read_gate
+from dylo_moe.formats.router_fit import check_router_fits
+from dylo_moe.formats.router_sections import GATES, XLORA, overridden, read_gates, read_xlora
 from dylo_moe.formats.safetensors_file import require_integer
 from dylo_moe.formats.tokenizer_files import tokenizer_directory
 
@@ -21,6 +23,8 @@ FORMAT = "dylo-moe"
 CONFIG = "moe_config.json"
 ROUTER = "router.safetensors"
 EXPERTS = "experts"
+SHARED = "shared"
+HYBRID = "dynamic_hybrid"
 MARK = "dylo_moe"
 VERSION = 1
 MAX_EXPERTS = 4_096
@@ -41,12 +45,17 @@ def read_native(files: CheckpointFiles, options: ReadOptions) -> Checkpoint:
     read = [read_adapter(files, files.root / EXPERTS / name, name) for name in names]
     _check_scalings(config["experts"], [adapter for _, adapter in read], path)
     base = one_base_model(adapter for _, adapter in read)
+    experts = tuple(expert for expert, _ in read)
+    shared = _shared(files, config, names)
+    router = _router(files, config, len(names), options)
+    check_router_fits(router, experts, path)
     return Checkpoint(
         path=files.root,
         format=FORMAT,
         base_model=_base_model(config, base, path),
-        experts=tuple(expert for expert, _ in read),
-        router=_router(files, config, len(names), options),
+        experts=experts,
+        router=router,
+        shared=shared,
         load_balance=_load_balance(config, path),
         tokenizer=tokenizer_directory(files.root),
     )
@@ -103,6 +112,23 @@ def _check_scalings(listed: list[dict[str, Any]], configs: list[AdapterConfig], 
             raise InvalidField(path, f"experts[{entry['name']}].scaling", found=repr(recorded)[:80], expected=expected)
 
 
+def _shared(files: CheckpointFiles, config: dict[str, Any], names: list[str]) -> Expert | None:
+    path, directory = files.root / CONFIG, files.root / SHARED
+    section = config.get("shared")
+    if section is None:
+        if files.exists(directory / "adapter_config.json"):
+            raise InvalidField(path, "shared", found="null", expected=f"the adapter's name, since {SHARED}/ exists")
+        return None
+    name = section.get("name") if isinstance(section, dict) else None
+    if not isinstance(name, str) or name in names:
+        raise InvalidField(path, "shared", found=repr(section)[:80], expected="an object with a name that no expert has")
+    if not directory.is_dir():
+        raise MissingFile(directory, "", found="no such directory", expected=f"the files of the shared adapter {name!r}")
+    expert, adapter = read_adapter(files, directory, name)
+    _check_scalings([section], [adapter], path)
+    return expert
+
+
 def _base_model(config: dict[str, Any], recorded: str | None, path: Path) -> str | None:
     base = optional_text(config.get("base_model_name_or_path"), path, "base_model_name_or_path")
     if base is not None and recorded is not None and base != recorded:
@@ -110,22 +136,32 @@ def _base_model(config: dict[str, Any], recorded: str | None, path: Path) -> str
     return base or recorded
 
 
-def _router(files: CheckpointFiles, config: dict[str, Any], count: int, options: ReadOptions) -> RouterState | None:
-    path, gate_path = files.root / CONFIG, files.root / ROUTER
+def _router(files: CheckpointFiles, config: dict[str, Any], count: int, options: ReadOptions) -> Router | None:
+    path, tensor_path = files.root / CONFIG, files.root / ROUTER
     section = config.get("router")
     if section is None:
-        if files.exists(gate_path):
+        if files.exists(tensor_path):
             raise InvalidField(path, "router", found="null", expected=f"the router's settings, since {ROUTER} exists")
         return None
-    if not isinstance(section, dict) or section.get("type") != "dynamic_hybrid":
-        raise InvalidField(path, "router", found=repr(section)[:80], expected='null or type "dynamic_hybrid"')
-    if not files.exists(gate_path):
-        raise GateMissing(gate_path, "gate.weight", found="no such file", expected=f"the router that {CONFIG} describes")
+    readers = {XLORA: read_xlora, GATES: read_gates}
+    kind = section.get("type") if isinstance(section, dict) else None
+    if not isinstance(kind, str) or kind not in (HYBRID, *readers):
+        expected = f"null or one of the types {', '.join((HYBRID, *readers))}"
+        raise InvalidField(path, "router", found=repr(section)[:80], expected=expected)
+    if not files.exists(tensor_path):
+        raise GateMissing(tensor_path, "", found="no such file", expected=f"the router that {CONFIG} describes")
+    if kind == HYBRID:
+        return _hybrid(section, files, count, options)
+    return readers[kind](overridden(section, options, path), files, (path, tensor_path), count)
+
+
+def _hybrid(section: dict[str, Any], files: CheckpointFiles, count: int, options: ReadOptions) -> RouterState:
+    path = files.root / CONFIG
     top_k = section.get("top_k") if options.top_k is None else options.top_k
     temperature = section.get("temperature") if options.temperature is None else options.temperature
     features = section.get("features") if options.router_features is None else options.router_features
     check_router_values(path, count, top_k=top_k, temperature=temperature, features=features)
-    gate = read_gate(files, gate_path)
+    gate = read_gate(files, files.root / ROUTER)
     gate_rows(gate, count, section.get("hidden_size"), path)
     return RouterState(gate.weight, gate.bias, features, top_k, float(temperature))
 

@@ -15,10 +15,13 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor
 
-from dylo_moe.errors import InvalidField, UnreadableFile
+from dylo_moe.errors import InvalidField
 from dylo_moe.formats.adapter import check_expert_name
-from dylo_moe.formats.checkpoint import Checkpoint, Expert, LoraPair
-from dylo_moe.formats.native import CONFIG, EXPERTS, MARK, ROUTER, VERSION
+from dylo_moe.formats.checkpoint import Checkpoint, Expert, GatesState, LoraPair, Router, RouterState, XLoraState
+from dylo_moe.formats.native import CONFIG, EXPERTS, HYBRID, MARK, ROUTER, SHARED, VERSION
+from dylo_moe.formats.router_fit import check_router_fits
+from dylo_moe.formats.router_sections import gates_section, router_tensors, xlora_section
+from dylo_moe.formats.scratch import scratch_beside
 from dylo_moe.formats.tokenizer_files import tokenizer_files
 
 
@@ -34,27 +37,22 @@ def write_native(directory: str | Path, checkpoint: Checkpoint) -> Path:
     target = Path(directory)
     _check_experts(checkpoint, target)
     _check_target(target)
-    try:
-        target.parent.mkdir(parents=True, exist_ok=True)
-        scratch = Path(tempfile.mkdtemp(prefix=f".{target.name}.", dir=target.parent))
-        try:
-            _write_files(scratch, checkpoint)
-            _swap(scratch, target)
-        finally:
-            shutil.rmtree(scratch, ignore_errors=True)
-    except OSError as error:
-        raise UnreadableFile(target, "", found=f"error {error.strerror}", expected="a writable directory") from error
+    with scratch_beside(target) as scratch:
+        _write_files(scratch, checkpoint)
+        _swap(scratch, target)
     return target
 
 
 def _check_experts(checkpoint: Checkpoint, target: Path) -> None:
     if not checkpoint.experts:
         raise InvalidField(target, "experts", found="no experts", expected="at least one")
-    names = [expert.name for expert in checkpoint.experts]
+    shared = () if checkpoint.shared is None else (checkpoint.shared,)
+    names = [expert.name for expert in (*checkpoint.experts, *shared)]
     for name in names:
         check_expert_name(name, target)
         if names.count(name) > 1:
             raise InvalidField(target, "experts", found=f"{name!r} twice", expected="each name once")
+    check_router_fits(checkpoint.router, checkpoint.experts, target)
 
 
 def _check_target(target: Path) -> None:
@@ -68,48 +66,64 @@ def _check_target(target: Path) -> None:
 
 
 def _write_files(directory: Path, checkpoint: Checkpoint) -> None:
-    os.chmod(directory, 0o777 & ~_umask())
     for expert in checkpoint.experts:
-        _write_expert(directory / EXPERTS / expert.name, expert, checkpoint.base_model)
-    router = checkpoint.router
-    if router is not None:
-        gate = {"gate.weight": router.weight, "gate.bias": router.bias}
-        _save(directory / ROUTER, gate)
+        write_expert(directory / EXPERTS / expert.name, expert, checkpoint.base_model)
+    if checkpoint.shared is not None:
+        write_expert(directory / SHARED, checkpoint.shared, checkpoint.base_model)
+    if checkpoint.router is not None:
+        save_tensors(directory / ROUTER, _router_tensors(checkpoint.router))
     if checkpoint.tokenizer is not None:
         for path in tokenizer_files(checkpoint.tokenizer):
             shutil.copyfile(path, directory / path.name)
-    _write_json(directory / CONFIG, _moe_config(checkpoint))
+    write_json(directory / CONFIG, _moe_config(checkpoint))
 
 
 def _moe_config(checkpoint: Checkpoint) -> dict[str, Any]:
-    router = checkpoint.router
+    shared = {} if checkpoint.shared is None else {"shared": _entry(checkpoint.shared)}
     return {
         "format": MARK,
         "format_version": VERSION,
         "base_model_name_or_path": checkpoint.base_model,
         "num_experts": checkpoint.num_experts,
-        "experts": [{"name": expert.name, "scaling": _default_pair(expert).scaling} for expert in checkpoint.experts],
-        "router": None
-        if router is None
-        else {
-            "type": "dynamic_hybrid",
-            "features": router.features,
-            "hidden_size": router.hidden_size,
-            "top_k": router.top_k,
-            "temperature": router.temperature,
-        },
+        "experts": [_entry(expert) for expert in checkpoint.experts],
+        **shared,
+        "router": None if checkpoint.router is None else _router_section(checkpoint.router),
         "load_balance": dict(checkpoint.load_balance),
     }
 
 
-def _write_expert(directory: Path, expert: Expert, base_model: str | None) -> None:
-    directory.mkdir(parents=True)
+def _entry(expert: Expert) -> dict[str, Any]:
+    return {"name": expert.name, "scaling": _default_pair(expert).scaling}
+
+
+def _router_section(router: Router) -> dict[str, Any]:
+    if isinstance(router, XLoraState):
+        return xlora_section(router)
+    if isinstance(router, GatesState):
+        return gates_section(router)
+    settings = {name: getattr(router, name) for name in ("features", "hidden_size", "top_k", "temperature")}
+    return {"type": HYBRID, **settings}
+
+
+def _router_tensors(router: Router) -> dict[str, Tensor]:
+    if isinstance(router, RouterState):
+        return {"gate.weight": router.weight, "gate.bias": router.bias}
+    return router_tensors(router)
+
+
+def write_expert(directory: Path, expert: Expert, base_model: str | None) -> None:
+    """One expert as stock PEFT saves a LoRA: adapter_config.json and adapter_model.safetensors in `directory`.
+
+    Raises:
+        InvalidField: rank-stabilised and plain scaling in one expert, which one configuration cannot say.
+    """
+    directory.mkdir(parents=True, exist_ok=True)
     tensors = {}
     for module, pair in expert.modules.items():
         tensors[f"base_model.model.{module}.lora_A.weight"] = pair.lora_A
         tensors[f"base_model.model.{module}.lora_B.weight"] = pair.lora_B
-    _save(directory / "adapter_model.safetensors", tensors)
-    _write_json(directory / "adapter_config.json", _adapter_config(expert, base_model, directory))
+    save_tensors(directory / "adapter_model.safetensors", tensors)
+    write_json(directory / "adapter_config.json", _adapter_config(expert, base_model, directory))
 
 
 def _adapter_config(expert: Expert, base_model: str | None, directory: Path) -> dict[str, Any]:
@@ -150,20 +164,14 @@ def _plain(alpha: float) -> int | float:
     return int(alpha) if float(alpha).is_integer() else alpha
 
 
-def _save(path: Path, tensors: dict[str, Tensor]) -> None:
+def save_tensors(path: Path, tensors: dict[str, Tensor]) -> None:
     own = {key: tensor.detach().to("cpu", copy=True).contiguous() for key, tensor in tensors.items()}
     with torch.no_grad():
         save_file(own, path, metadata={"format": "pt"})
 
 
-def _write_json(path: Path, value: dict[str, Any]) -> None:
+def write_json(path: Path, value: dict[str, Any]) -> None:
     path.write_text(json.dumps(value, indent=2) + "\n")
-
-
-def _umask() -> int:
-    mask = os.umask(0o022)
-    os.umask(mask)
-    return mask
 
 
 def _swap(scratch: Path, target: Path) -> None:
@@ -177,7 +185,7 @@ def _swap(scratch: Path, target: Path) -> None:
     old = Path(tempfile.mkdtemp(prefix=f".{target.name}.old.", dir=target.parent))
     os.rename(target, old / "checkpoint")
     os.rename(scratch, target)
-    ours = {CONFIG, ROUTER, EXPERTS}
+    ours = {CONFIG, ROUTER, EXPERTS, SHARED}
     for entry in sorted((old / "checkpoint").iterdir()):
         if entry.name not in ours and not (target / entry.name).exists():
             os.rename(entry, target / entry.name)
