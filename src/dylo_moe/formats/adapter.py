@@ -7,7 +7,6 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
-import torch
 from torch import Tensor, nn
 
 from dylo_moe.errors import (
@@ -16,28 +15,34 @@ from dylo_moe.errors import (
     IncompletePair,
     InvalidField,
     MissingFile,
-    NonFiniteTensor,
     ShapeMismatch,
 )
 from dylo_moe.formats.adapter_config import AdapterConfig, read_adapter_config
+from dylo_moe.formats.beside import add_beside, split_beside
 from dylo_moe.formats.checkpoint import Expert, LoraPair
 from dylo_moe.formats.files import CheckpointFiles
-from dylo_moe.formats.patterns import ends_with
-from dylo_moe.formats.safetensors_file import TensorInfo, require_float
+from dylo_moe.formats.patterns import ends_with, module_of
+from dylo_moe.formats.safetensors_file import TensorInfo, check_finite, require_float
 
-_LORA_KEY = re.compile(r"(?P<module>.+)\.lora_(?P<half>[AB])(?:\.(?P<adapter>[^.]+))?\.weight")
-_PREFIXES = ("foundation_model.", "base_model.model.")
+# What a tensor of an adapter is, by the end of its key; PEFT's files leave the adapter's name out.
+_LORA_KEYS = {
+    "A": re.compile(r"(?P<module>.+)\.lora_A(?:\.(?P<adapter>[^.]+))?\.weight"),
+    "B": re.compile(r"(?P<module>.+)\.lora_B(?:\.(?P<adapter>[^.]+))?\.weight"),
+    "bias": re.compile(r"(?P<module>.+)\.lora_B(?:\.(?P<adapter>[^.]+))?\.bias"),
+    "magnitude": re.compile(r"(?P<module>.+)\.lora_magnitude_vector(?:\.(?!weight$)(?P<adapter>[^.]+))?(?:\.weight)?"),
+}
 _NAME = re.compile(r"[A-Za-z0-9_-]{1,100}")
 
 
 @dataclass(frozen=True)
 class Half:
-    """Where one half of a pair lies: its key in the file, dtype and shape."""
+    """Where one tensor of a pair lies: its key in the file, dtype and shape."""
 
     key: str
     info: TensorInfo
 
 
+# module -> {"A", "B" and, with DoRA and lora_bias, "magnitude" and "bias"}
 Pairs = dict[str, dict[str, Half]]
 
 
@@ -52,13 +57,14 @@ def read_adapter(files: CheckpointFiles, directory: Path, name: str) -> tuple[Ex
     config = read_adapter_config(files, directory / "adapter_config.json")
     path = weights_file(files, directory)
     if path.suffix == ".safetensors":
-        header = files.header(path)
-        pairs = check_pairs(pair_up(header, name, path), config, path)
-        tensors = files.tensors(path)
+        header, tensors = files.header(path), None
     else:
         tensors = flat_tensors(files.pickle(path), path)
-        pairs = check_pairs(pair_up(infos(tensors), name, path), config, path)
-    return build_expert(name, pairs, tensors, config, path), config
+        header = infos(tensors)
+    header, beside = split_beside(header, config, path)
+    pairs = check_pairs(pair_up(header, name, path), config, path)
+    tensors = files.tensors(path) if tensors is None else tensors
+    return add_beside(build_expert(name, pairs, tensors, config, path), beside, tensors, path), config
 
 
 def weights_file(files: CheckpointFiles, directory: Path) -> Path:
@@ -91,13 +97,6 @@ def check_expert_name(name: str, where: Path) -> None:
         raise InvalidField(where, "name", found=repr(name)[:80], expected=expected)
 
 
-def module_of(key: str) -> str:
-    """The path in the base model: without the prefixes of PEFT and of DyLoRA-MoE."""
-    for prefix in _PREFIXES:
-        key = key.removeprefix(prefix)
-    return key
-
-
 def infos(tensors: Mapping[str, Tensor]) -> dict[str, TensorInfo]:
     return {key: TensorInfo(tensor.dtype, tuple(tensor.shape)) for key, tensor in tensors.items()}
 
@@ -116,40 +115,68 @@ def pair_up(header: Mapping[str, TensorInfo], name: str, file: Path) -> Pairs:
         raise ExpertEmpty(file, name, found="0 tensors", expected="pairs of lora_A and lora_B")
     pairs: Pairs = {}
     for key, info in header.items():
-        match = _LORA_KEY.fullmatch(key)
+        part, match = _part_of(key)
         if match is None or match["adapter"] not in (None, name) or "base_layer" in key.split("."):
             expected = f"only lora_A and lora_B weights of {name}"
             raise ForeignTensor(file, key, found="a tensor that does not belong to this expert", expected=expected)
-        halves = pairs.setdefault(module_of(match["module"]), {})
-        if match["half"] in halves:
+        parts = pairs.setdefault(module_of(match["module"]), {})
+        if part in parts:
             raise ForeignTensor(file, key, found="the same tensor under two keys", expected="one")
-        halves[match["half"]] = Half(key, info)
+        parts[part] = Half(key, info)
     return pairs
+
+
+def _part_of(key: str) -> tuple[str, re.Match[str] | None]:
+    for part, pattern in _LORA_KEYS.items():
+        match = pattern.fullmatch(key)
+        if match is not None:
+            return part, match
+    return "", None
 
 
 def check_pairs(pairs: Pairs, config: AdapterConfig, file: Path) -> Pairs:
     """Headers against each other and against the configuration, before any tensor is read; returns `pairs`."""
-    for module, halves in pairs.items():
-        if len(halves) != 2:
-            (half,) = halves.values()
-            missing = "lora_B" if "A" in halves else "lora_A"
-            raise IncompletePair(file, half.key, found=f"no {missing}", expected="both halves of the pair")
-        _check_shapes(halves["A"], halves["B"], file)
-        rank, wanted = halves["A"].info.shape[0], config.rank_of(module)
+    for module, parts in pairs.items():
+        for half, other in (("A", "lora_B"), ("B", "lora_A")):
+            if half in parts and other[-1] not in parts:
+                raise IncompletePair(file, parts[half].key, found=f"no {other}", expected="both halves of the pair")
+        _check_variant(module, parts, config, file)
+        _check_shapes(parts, file)
+        rank, wanted = parts["A"].info.shape[0], config.rank_of(module)
         if wanted is not None and rank != wanted:
-            raise ShapeMismatch(file, halves["A"].key, found=f"rank {rank}", expected=f"rank {wanted} of {config.file.name}")
+            raise ShapeMismatch(file, parts["A"].key, found=f"rank {rank}", expected=f"rank {wanted} of {config.file.name}")
     _check_targets(pairs, config)
     return pairs
 
 
-def _check_shapes(half_a: Half, half_b: Half, file: Path) -> None:
-    for half in (half_a, half_b):
+def _check_variant(module: str, parts: Mapping[str, Half], config: AdapterConfig, file: Path) -> None:
+    """Magnitudes and biases are there when, and only when, the configuration says so."""
+    for part, field, wanted in (("magnitude", "use_dora", config.use_dora), ("bias", "lora_bias", config.lora_bias)):
+        if wanted and part not in parts:
+            raise InvalidField(config.file, field, found=f"true, and no {part} for {module}", expected="one for every pair")
+        if part in parts and not wanted:
+            found = f"a {part}, although {config.file.name} has no {field}"
+            raise ForeignTensor(file, parts[part].key, found=found, expected=f"{field}: true")
+    if "A" not in parts:
+        key = next(iter(parts.values())).key
+        raise IncompletePair(file, key, found="no lora_A and no lora_B", expected="both halves of the pair")
+
+
+def _check_shapes(parts: Mapping[str, Half], file: Path) -> None:
+    for part, half in parts.items():
         require_float(half.info, half.key, file)
-        if len(half.info.shape) != 2 or 0 in half.info.shape:
-            raise ShapeMismatch(file, half.key, found=f"shape {half.info.shape}", expected="two sizes above 0")
-    if half_a.info.shape[0] != half_b.info.shape[1]:
-        found = f"shape {half_b.info.shape}, while lora_A has {half_a.info.shape}"
-        raise ShapeMismatch(file, half_b.key, found=found, expected="the same rank in both")
+        dimensions = 2 if part in ("A", "B") else 1
+        if len(half.info.shape) != dimensions or 0 in half.info.shape:
+            expected = "two sizes above 0" if dimensions == 2 else "one size above 0"
+            raise ShapeMismatch(file, half.key, found=f"shape {half.info.shape}", expected=expected)
+    lora_a, lora_b = parts["A"], parts["B"]
+    if lora_a.info.shape[0] != lora_b.info.shape[1]:
+        found = f"shape {lora_b.info.shape}, while lora_A has {lora_a.info.shape}"
+        raise ShapeMismatch(file, lora_b.key, found=found, expected="the same rank in both")
+    for part in ("magnitude", "bias"):
+        if part in parts and parts[part].info.shape[0] != lora_b.info.shape[0]:
+            found = f"{parts[part].info.shape[0]} values, while lora_B has shape {lora_b.info.shape}"
+            raise ShapeMismatch(file, parts[part].key, found=found, expected=f"{lora_b.info.shape[0]}, one per output")
 
 
 def _check_targets(pairs: Pairs, config: AdapterConfig) -> None:
@@ -167,19 +194,18 @@ def _check_targets(pairs: Pairs, config: AdapterConfig) -> None:
 def build_expert(name: str, pairs: Pairs, tensors: Mapping[str, Tensor], config: AdapterConfig, file: Path) -> Expert:
     """The expert, once every tensor of it is known to be finite."""
     modules = {}
-    for module, halves in pairs.items():
-        keys = halves["A"].key, halves["B"].key
-        check_finite({key: tensors[key] for key in keys}, file)
-        modules[module] = LoraPair(tensors[keys[0]], tensors[keys[1]], config.alpha_of(module), config.use_rslora)
+    for module, parts in pairs.items():
+        own = {part: tensors[half.key] for part, half in parts.items()}
+        check_finite({parts[part].key: tensor for part, tensor in own.items()}, file)
+        modules[module] = LoraPair(
+            lora_A=own["A"],
+            lora_B=own["B"],
+            alpha=config.alpha_of(module),
+            use_rslora=config.use_rslora,
+            magnitude=own.get("magnitude"),
+            bias=own.get("bias"),
+        )
     return Expert(name, modules, config.names_for_every_layer)
-
-
-def check_finite(tensors: Mapping[str, Tensor], file: Path) -> None:
-    """Raises NonFiniteTensor naming the first tensor with a NaN or an infinity."""
-    for key, tensor in tensors.items():
-        if tensor.is_floating_point() and not torch.isfinite(tensor).all():
-            count = int((~torch.isfinite(tensor)).sum())
-            raise NonFiniteTensor(file, key, found=f"{count} values that are NaN or infinite", expected="finite values")
 
 
 def check_same_sizes(experts: Iterable[Expert], path: Path) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -9,7 +10,7 @@ from typing import Any
 
 from dylo_moe.errors import InvalidField
 from dylo_moe.formats.files import CheckpointFiles
-from dylo_moe.formats.patterns import MatchBudget, Value, ends_with, fullmatch, pattern_value
+from dylo_moe.formats.patterns import MatchBudget, Value, ends_with, find, fullmatch, pattern_value
 
 MAX_RANK = 65_536
 # float16 ends at 65,504: an alpha beyond a million overflows it at any rank in use.
@@ -18,31 +19,35 @@ MAX_PATTERNS = 10_000
 
 # Fields that change what is computed in a way that is not implemented; only these values are allowed.
 _UNSUPPORTED: dict[str, tuple[object, ...]] = {
-    "bias": (None, "none"),
-    "use_dora": (None, False),
     "use_qalora": (None, False),
-    "lora_bias": (None, False),
     "use_bdlora": (None, False),
     "arrow_config": (None,),
     "kasa_config": (None,),
     "velora_config": (None,),
     "monteclora_config": (None,),
     "alora_invocation_tokens": (None, []),
-    "modules_to_save": (None, []),
     "trainable_token_indices": (None, [], {}),
     "target_parameters": (None, []),
     "layer_replication": (None, []),
     "lora_nums": (None,),
+    "ensure_weight_tying": (None, False),
 }
+_BIASES = ("none", "all", "lora_only")
 # Initialisations that leave the base model as it is; the others subtract from the base weights while loading.
 _HARMLESS_INIT = (None, True, False, "gaussian", "eva", "orthogonal")
 # Names inside LoRA layers: DyLoRA-MoE's create_expert collects them into target_modules of every expert but the first.
+_PATH = re.compile(r"[A-Za-z0-9_.]{1,500}")
 _JUNK = ("base_layer", "lora_A", "lora_B", "lora_dropout", "lora_embedding_A", "lora_embedding_B", "default")
 
 
 @dataclass(frozen=True)
 class AdapterConfig:
-    """The validated fields. `targets`: plain module names, or a regular expression (str), or None where nothing is said."""
+    """The validated fields.
+
+    targets, excluded: plain module names, or a regular expression (str), or None where nothing is said.
+    layers: the only layers with adapters; None for all. layers_pattern: regular expressions of what stands before their number.
+    saved: modules_to_save, endings of module paths. bias: "none", "all" or "lora_only".
+    """
 
     file: Path
     rank: int | None
@@ -51,7 +56,13 @@ class AdapterConfig:
     rank_pattern: Mapping[str, int] = field(default_factory=dict)
     alpha_pattern: Mapping[str, float] = field(default_factory=dict)
     targets: tuple[str, ...] | str | None = None
+    excluded: tuple[str, ...] | str | None = None
     layers: frozenset[int] | None = None
+    layers_pattern: tuple[str, ...] = ()
+    use_dora: bool = False
+    lora_bias: bool = False
+    saved: tuple[str, ...] = ()
+    bias: str = "none"
     base_model: str | None = None
     budget: MatchBudget = field(default_factory=MatchBudget)
 
@@ -66,21 +77,40 @@ class AdapterConfig:
         return pattern_value(patterns, module, default, file=self.file, field=name, budget=self.budget)
 
     def covers(self, module: str) -> bool:
-        """Whether target_modules and layers_to_transform allow an adapter on this module."""
+        """Whether PEFT would put an adapter on this module: peft.tuners.tuners_utils.check_target_module_exists."""
+        if self._names(self.excluded, module, "exclude_modules") or self.saves(module):
+            return False
         if self.targets is None or self.targets == "all-linear":
             return True
-        if isinstance(self.targets, str):
-            return fullmatch(self.targets, module, file=self.file, field="target_modules", budget=self.budget)
-        if module in self.targets:
-            return True
-        if not any(ends_with(module, name) for name in self.targets):
+        if not self._names(self.targets, module, "target_modules"):
             return False
-        return self.layers is None or any(int(part) in self.layers for part in module.split(".") if part.isdecimal())
+        is_named_whole = not isinstance(self.targets, str) and module in self.targets
+        return self.layers is None or is_named_whole or self._layer_of(module) in self.layers
+
+    def saves(self, module: str) -> bool:
+        """Whether modules_to_save names this module or one around it; PEFT then puts no adapter on it."""
+        return any(name == module or f".{name}." in f".{module}." for name in self.saved)
+
+    def _names(self, what: tuple[str, ...] | str | None, module: str, field: str) -> bool:
+        if isinstance(what, str):
+            return fullmatch(what, module, file=self.file, field=field, budget=self.budget)
+        return any(ends_with(module, name) for name in what or ())
+
+    def _layer_of(self, module: str) -> int | None:
+        """The number of the layer that a module is in: the first one in its path, after one of layers_pattern if there is any."""
+        starts = [rf"(?:^|.*?\.){pattern}" for pattern in self.layers_pattern] or [r".*?\.[^.]*"]
+        for start in starts:
+            whole = rf"(?:{start}\.(?P<number>\d+)\.).*"
+            match = find(whole, module, file=self.file, field="layers_pattern", budget=self.budget)
+            if match is not None:
+                return int(match["number"]) if match["number"] else None
+        return None
 
     @property
     def names_for_every_layer(self) -> tuple[str, ...]:
         """Plain target names that must have a pair in every layer; empty where the configuration does not say so."""
-        return self.targets if isinstance(self.targets, tuple) and self.layers is None else ()
+        restricted = self.layers is not None or self.excluded or self.saved
+        return self.targets if isinstance(self.targets, tuple) and not restricted else ()
 
 
 def read_adapter_config(files: CheckpointFiles, path: Path) -> AdapterConfig:
@@ -104,7 +134,13 @@ def read_adapter_config(files: CheckpointFiles, path: Path) -> AdapterConfig:
         rank_pattern={key: parse_rank(value, path, f"rank_pattern[{key}]") for key, value in rank_pattern.items()},
         alpha_pattern={key: parse_alpha(value, path, f"alpha_pattern[{key}]", files) for key, value in alpha_pattern.items()},
         targets=targets,
+        excluded=_names(data.get("exclude_modules"), path, "exclude_modules"),
         layers=_layers(data, path),
+        layers_pattern=_layers_pattern(data, path),
+        use_dora=_flag(data.get("use_dora"), path, "use_dora"),
+        lora_bias=_flag(data.get("lora_bias"), path, "lora_bias"),
+        saved=_saved(data.get("modules_to_save"), path),
+        bias=_bias(data.get("bias"), path),
         base_model=optional_text(data.get("base_model_name_or_path"), path, "base_model_name_or_path"),
     )
 
@@ -166,6 +202,36 @@ def _targets(value: object, files: CheckpointFiles, file: Path) -> tuple[str, ..
     if junk:
         files.warn(f"{files.relative(file)}: target_modules: ignored {', '.join(junk)}, which are not modules of the base")
     return tuple(name for name in value if not _is_junk(name))
+
+
+def _names(value: object, file: Path, name: str) -> tuple[str, ...] | str | None:
+    """Module names, or one pattern; None where there is nothing."""
+    if value is None or value == []:
+        return None
+    if isinstance(value, str) and value:
+        return value
+    if not isinstance(value, list) or not all(isinstance(item, str) and item for item in value):
+        raise InvalidField(file, name, found=repr(value)[:80], expected="a list of module names or a pattern")
+    return tuple(value)
+
+
+def _saved(value: object, file: Path) -> tuple[str, ...]:
+    names = _names(value, file, "modules_to_save")
+    if isinstance(names, str) or not all(_PATH.fullmatch(name) for name in names or ()):
+        raise InvalidField(file, "modules_to_save", found=repr(value)[:80], expected="a list of module names")
+    return names or ()
+
+
+def _bias(value: object, file: Path) -> str:
+    if value is not None and value not in _BIASES:
+        raise InvalidField(file, "bias", found=repr(value)[:80], expected=f"one of {', '.join(_BIASES)}")
+    return value or "none"
+
+
+def _layers_pattern(data: Mapping[str, Any], file: Path) -> tuple[str, ...]:
+    value = data.get("layers_pattern")
+    names = _names([value] if isinstance(value, str) and value else value or None, file, "layers_pattern")
+    return names or ()
 
 
 def _is_junk(name: str) -> bool:

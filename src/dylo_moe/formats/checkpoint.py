@@ -18,12 +18,17 @@ class LoraPair:
 
     lora_A: (rank, in_features); lora_B: (out_features, rank).
     scaling is alpha / rank, or alpha / sqrt(rank) with rank-stabilised LoRA (arXiv 2312.03732).
+    magnitude: (out_features,) or None; with it, the adapter is DoRA (arXiv 2402.09353) and no longer a sum of deltas:
+        y = magnitude / |W + scaling * B A| * (W x + scaling * B (A x)) + b, with the norm of each row.
+    bias: (out_features,) or None, PEFT's lora_bias: delta(x) = scaling * (B (A x) + bias).
     """
 
     lora_A: Tensor
     lora_B: Tensor
     alpha: float
     use_rslora: bool = False
+    magnitude: Tensor | None = None
+    bias: Tensor | None = None
 
     @property
     def rank(self) -> int:
@@ -39,12 +44,17 @@ class Expert:
     """One LoRA expert. `modules` maps the module's path in the base model ("model.layers.0.self_attn.q_proj") to its pair.
 
     targets: plain module names ("q_proj") that must have a pair wherever the base model has such a module; empty where the
-    configuration restricts the layers, gives a pattern, or is absent.
+        configuration restricts the layers, gives a pattern, or is absent.
+    replaced: path of a module of the base that this expert has in a version of its own -> every parameter of it, by its name
+        in the module (PEFT's modules_to_save).
+    biases: path of a module whose bias, and nothing else, the expert has in a version of its own -> that bias (PEFT's bias).
     """
 
     name: str
     modules: Mapping[str, LoraPair]
     targets: tuple[str, ...] = ()
+    replaced: Mapping[str, Mapping[str, Tensor]] = field(default_factory=dict)
+    biases: Mapping[str, Tensor] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -117,7 +127,7 @@ GATE_RULES = {
     "softmax_topk": "softmax, the top_k kept and renormalised to sum 1",
     "topk_softmax": "softmax over the top_k logits",
     "arrow": "softmax over the top_k of |logits| / temperature",
-    "top_p": "softmax, the smallest set of experts whose sum reaches threshold kept, not renormalised",
+    "top_p": "softmax / temperature, the likeliest experts until their sum exceeds threshold kept, not renormalised",
     "threshold": "softmax, experts at or above threshold kept and renormalised",
     "adaptive_threshold": "softmax minus max_threshold * sigmoid(threshold gate), the positive part renormalised",
 }
@@ -129,6 +139,7 @@ class GatesState:
 
     level: "linear", each unit is a Linear with LoRA pairs; "feed_forward", each unit is a whole MLP and whole MLPs are mixed.
     rule: one of GATE_RULES. threshold: of "top_p", "threshold" and "adaptive_threshold" (there the largest one).
+    activation: transformers' name of the MLPs' activation, where a file records it; the base model's must be that one.
     """
 
     gates: Mapping[str, GateState]
@@ -137,6 +148,7 @@ class GatesState:
     level: str = "linear"
     temperature: float = 1.0
     threshold: float | None = None
+    activation: str | None = None
 
     features = "layer"
 

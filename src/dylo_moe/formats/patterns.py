@@ -14,6 +14,7 @@ from dylo_moe.errors import InvalidField
 
 Value = TypeVar("Value")
 
+_PREFIXES = ("foundation_model.", "base_model.model.")
 MAX_PATTERN_CHARACTERS = 1_000
 # A sane pattern needs microseconds per name; a hostile one needs years.
 SECONDS_PER_MATCH = 0.2
@@ -54,7 +55,12 @@ def _ends_like(module: str, pattern: str) -> bool:
 
 
 def fullmatch(pattern: str, text: str, *, file: Path, field: str, budget: MatchBudget) -> bool:
-    """Whether the pattern matches the whole text.
+    """Whether the pattern matches the whole text; see `find`."""
+    return find(pattern, text, file=file, field=field, budget=budget) is not None
+
+
+def find(pattern: str, text: str, *, file: Path, field: str, budget: MatchBudget) -> regex.Match | None:
+    """The match of the pattern with the whole text.
 
     Raises:
         InvalidField: the pattern is longer than 1,000 characters, is not a regular expression, or takes too long.
@@ -65,7 +71,7 @@ def fullmatch(pattern: str, text: str, *, file: Path, field: str, budget: MatchB
     try:
         if budget.seconds <= 0:
             raise TimeoutError
-        return regex.fullmatch(pattern, text, timeout=min(SECONDS_PER_MATCH, budget.seconds)) is not None
+        return regex.fullmatch(pattern, text, timeout=min(SECONDS_PER_MATCH, budget.seconds))
     except TimeoutError as error:
         found = f"{pattern[:80]!r}, which takes more than {SECONDS_PER_MATCH} s to match"
         raise InvalidField(file, field, found=found, expected="plain module names") from error
@@ -74,6 +80,13 @@ def fullmatch(pattern: str, text: str, *, file: Path, field: str, budget: MatchB
         raise InvalidField(file, field, found=found, expected="a regular expression or plain module names") from error
     finally:
         budget.seconds -= time.monotonic() - started
+
+
+def module_of(key: str) -> str:
+    """The path in the base model: without the prefixes of PEFT and of DyLoRA-MoE."""
+    for prefix in _PREFIXES:
+        key = key.removeprefix(prefix)
+    return key
 
 
 def ends_with(module: str, name: str) -> bool:

@@ -10,6 +10,7 @@ import hashlib
 import math
 import os
 import struct
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, BinaryIO
@@ -17,7 +18,7 @@ from typing import Any, BinaryIO
 import torch
 from torch import Tensor
 
-from dylo_moe.errors import DtypeUnsupported, InvalidField, UnreadableFile
+from dylo_moe.errors import DtypeUnsupported, InvalidField, NonFiniteTensor, UnreadableFile
 from dylo_moe.formats.jsonfile import parse_json
 
 # 80 layers x 7 modules x 2 tensors x 32 experts = 35,840 tensors of about 200 header bytes: 7 MB. Parsing takes some 30 bytes
@@ -147,6 +148,14 @@ def require_float(info: TensorInfo, key: str, file: Path) -> None:
     """Raises DtypeUnsupported unless the dtype is float64, float32, float16 or bfloat16."""
     if info.dtype not in (torch.float64, torch.float32, torch.float16, torch.bfloat16):
         raise DtypeUnsupported(file, key, found=info.dtype, expected="float64, float32, float16 or bfloat16")
+
+
+def check_finite(tensors: Mapping[str, Tensor], file: Path) -> None:
+    """Raises NonFiniteTensor naming the first tensor with a NaN or an infinity."""
+    for key, tensor in tensors.items():
+        if tensor.is_floating_point() and not torch.isfinite(tensor).all():
+            count = int((~torch.isfinite(tensor)).sum())
+            raise NonFiniteTensor(file, key, found=f"{count} values that are NaN or infinite", expected="finite values")
 
 
 def require_integer(value: object, file: Path, field: str, *, low: int, high: int) -> int:

@@ -94,7 +94,7 @@ CONFIG_DEFECTS = [
     ("PiSSA", {"init_lora_weights": "pissa_niter_4"}, errors.InvalidField, "init_lora_weights"),
     ("replication", {"layer_replication": [[0, 2], [0, 2]]}, errors.InvalidField, "layer_replication"),
     ("arrow", {"arrow_config": {"top_k": 2}}, errors.InvalidField, "arrow_config"),
-    ("bias", {"bias": "all"}, errors.InvalidField, "bias"),
+    ("bias", {"bias": "some"}, errors.InvalidField, "bias"),
     ("classifier", {"task_type": "SEQ_CLS"}, errors.InvalidField, "task_type"),
     ("other type", {"peft_type": "LOHA"}, errors.InvalidField, "peft_type"),
     ("other base", {"base_model_name_or_path": "another"}, errors.InvalidField, "another"),
