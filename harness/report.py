@@ -39,14 +39,14 @@ def html(verdict: Mapping) -> str:
         ("Speed, work and memory", RATIO_CAPTION, pictures.ratios(verdict)),
         ("Drift", DRIFT_CAPTION, pictures.drift(verdict)),
     ]
-    template = _environment(autoescape=True).get_template("report.html")
+    template = environment(autoescape=True).get_template("report.html")
     drawn = [(title, caption, Markup(picture)) for title, caption, picture in shown if picture]
     return template.render(v=verdict, grid=grid(verdict), marks=MARKS, pictures=drawn)
 
 
 def markdown(verdict: Mapping) -> str:
     """For a pull request: counts, problems, checkpoints, drift and ratios as tables."""
-    template = _environment(autoescape=False).get_template("report.md")
+    template = environment(autoescape=False).get_template("report.md")
     return template.render(v=verdict, drift=_drift(verdict), ratios=_ratios(verdict))
 
 
@@ -103,7 +103,8 @@ def _junit_case(suite: ElementTree.Element, check: Mapping) -> str | None:
 
 
 @cache
-def _environment(*, autoescape: bool) -> Environment:
+def environment(*, autoescape: bool) -> Environment:
+    """The templates, with the filters that they use."""
     loader = FileSystemLoader(Path(__file__).parent / "templates")
     made = Environment(loader=loader, autoescape=autoescape, undefined=StrictUndefined, trim_blocks=True)
     made.filters["css"] = lambda name: re.sub(r"[^a-z]+", "-", name)
