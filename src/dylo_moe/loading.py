@@ -31,6 +31,7 @@ def load_checkpoint(  # noqa: PLR0913 - from_pretrained's own habit: one option 
     temperature: float | None = None,
     router_features: str | None = None,
     rng_seed: int | None = None,
+    genknowsub: str | None = None,
     expect_hash: str | None = None,
     attn_implementation: str | None = None,
     trust_remote_code: bool = False,
@@ -44,8 +45,8 @@ def load_checkpoint(  # noqa: PLR0913 - from_pretrained's own habit: one option 
         dtype: of the base model, "auto" or None for the one it is stored in; experts and router keep theirs, except that
             16-bit ones become float32, as in PEFT.
         device_map: as in transformers' from_pretrained.
-        lora_alpha, top_k, temperature, router_features, rng_seed: for layouts whose files do not hold them, and to override;
-            see read_checkpoint.
+        lora_alpha, top_k, temperature, router_features, rng_seed, genknowsub: for layouts whose files do not hold them, and to
+            override; see read_checkpoint.
         expect_hash: refuse files whose hash is another.
 
     Returns:
@@ -62,6 +63,7 @@ def load_checkpoint(  # noqa: PLR0913 - from_pretrained's own habit: one option 
         temperature=temperature,
         router_features=router_features,
         rng_seed=rng_seed,
+        genknowsub=genknowsub,
         expect_hash=expect_hash,
     )
     options = {

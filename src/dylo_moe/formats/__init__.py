@@ -9,7 +9,7 @@ from dataclasses import replace
 from pathlib import Path
 
 from dylo_moe.errors import HashMismatch, UnknownFormat
-from dylo_moe.formats import dylora, native, peft_lora
+from dylo_moe.formats import dylora, moe_peft, native, peft_arrow, peft_lora
 from dylo_moe.formats.adapter import check_same_sizes
 from dylo_moe.formats.base import check_experts_fit_base, resolve_base
 from dylo_moe.formats.checkpoint import (
@@ -64,7 +64,7 @@ def detect_model_format(path: str | Path) -> str:
     return detect(CheckpointFiles(_root(path)), path)
 
 
-def read_checkpoint(
+def read_checkpoint(  # noqa: PLR0913 - as load_checkpoint: one option per thing that files may not hold
     path: str | Path,
     *,
     lora_alpha: float | None = None,
@@ -72,6 +72,7 @@ def read_checkpoint(
     temperature: float | None = None,
     router_features: str | None = None,
     rng_seed: int | None = None,
+    genknowsub: str | None = None,
     expect_hash: str | Mapping[str, str] | None = None,
 ) -> Checkpoint:
     """Read and validate a checkpoint of any format.
@@ -82,6 +83,7 @@ def read_checkpoint(
         top_k, temperature, router_features: take the place of what the files record or leave open; a tuple for top_k gives one
             for each layer of the base model, which only MoLA has.
         rng_seed: of Arrow's prototypes, where its files record none.
+        genknowsub: "subtract" or "subtracted": whether Arrow's experts still hold the general adapters, where it cannot be told.
         expect_hash: SHA-256 by relative file name, or the `combined_hash` of all files read.
 
     Raises:
@@ -90,7 +92,7 @@ def read_checkpoint(
     path = Path(path)
     pinned = expect_hash if isinstance(expect_hash, Mapping) else None
     files = CheckpointFiles(_root(path), pinned)
-    options = ReadOptions(lora_alpha, top_k, temperature, router_features, rng_seed)
+    options = ReadOptions(lora_alpha, top_k, temperature, router_features, rng_seed, genknowsub)
     checkpoint = _read(files, detect(files, path), path, options)
     check_same_sizes(checkpoint.experts, path)
     files.check_all_expected_read()
@@ -122,6 +124,15 @@ def _read(files: CheckpointFiles, name: str, path: Path, options: ReadOptions) -
         FULL_STATE: read_full_state,
         peft_lora.LORA_FORMAT: peft_lora.read_lora,
         peft_lora.BAG_FORMAT: peft_lora.read_bag,
+        peft_arrow.FORMAT: peft_arrow.read_arrow,
+        "mixlora": moe_peft.read_mixlora,
+        "moe-peft-loramoe": moe_peft.read_moe_peft_loramoe,
+        "moe-peft-mola": moe_peft.read_moe_peft_mola,
+        mergoo.FORMAT: mergoo.read_mergoo,
+        loramoe.LORAMOE: loramoe.read_loramoe,
+        loramoe.HYDRALORA: loramoe.read_hydralora,
+        mola.FORMAT: mola.read_mola,
+        adamole.FORMAT: adamole.read_adamole,
         "merged": read_merged,
     }
     if name == BUNDLE:

@@ -11,6 +11,7 @@ class ReadOptions:
 
     top_k: experts per token; a tuple gives one for each layer of the base model (MoLA).
     rng_seed: of Arrow's prototypes, where its files record none.
+    genknowsub: "subtract" or "subtracted": whether Arrow's experts still hold the general adapters, where it cannot be told.
     """
 
     lora_alpha: float | None = None
@@ -18,3 +19,4 @@ class ReadOptions:
     temperature: float | None = None
     router_features: str | None = None
     rng_seed: int | None = None
+    genknowsub: str | None = None
