@@ -10,7 +10,7 @@ import pytest
 
 from fixtures.verdicts import check, checkpoint, verdict
 from harness import outcome
-from harness.conformance import FINDINGS, anchor, cells, conformance, heading
+from harness.conformance import FINDINGS, cells, conformance, heading
 from harness.outcome import Unusable
 
 DOCS = Path(__file__).resolve().parents[2] / "docs"
