@@ -9,7 +9,7 @@ from dataclasses import replace
 from pathlib import Path
 
 from dylo_moe.errors import HashMismatch, UnknownFormat
-from dylo_moe.formats import dylora, moe_peft, native, peft_arrow, peft_lora
+from dylo_moe.formats import adamole, dylora, loramoe, mergoo, moe_peft, mola, native, peft_arrow, peft_lora
 from dylo_moe.formats.adapter import check_same_sizes
 from dylo_moe.formats.base import check_experts_fit_base, resolve_base
 from dylo_moe.formats.checkpoint import (

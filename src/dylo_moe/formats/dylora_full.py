@@ -26,14 +26,12 @@ from dylo_moe.formats.adapter import (
     build_expert,
     check_finite,
     check_pairs,
-    flat_tensors,
-    infos,
     module_of,
     pair_up,
 )
 from dylo_moe.formats.adapter_config import AdapterConfig
 from dylo_moe.formats.base import BaseModel, check_config, check_fit, check_headers
-from dylo_moe.formats.checkpoint import Checkpoint, Expert, RouterState
+from dylo_moe.formats.checkpoint import Checkpoint, Expert
 from dylo_moe.formats.dylora import with_own_targets
 from dylo_moe.formats.dylora_config import DyloraConfig, adapter_config, read_dylora_config
 from dylo_moe.formats.files import CheckpointFiles
@@ -41,7 +39,7 @@ from dylo_moe.formats.options import ReadOptions
 from dylo_moe.formats.router_file import Gate, gate_from, gate_infos, read_gate, router_state
 from dylo_moe.formats.safetensors_file import TensorInfo
 from dylo_moe.formats.tokenizer_files import tokenizer_directory
-from dylo_moe.formats.weights import WeightFiles, find_weights
+from dylo_moe.formats.weights import WeightFiles, find_weights, open_weights
 
 FORMAT = "dylora-full-state"
 _MODEL, _ROUTER = "foundation_model.", "router."
@@ -67,25 +65,22 @@ def read_full_state(files: CheckpointFiles, options: ReadOptions, file: Path | N
     """
     config = read_dylora_config(files)
     adapter = adapter_config(config, options, files)
+    _check_numbers(config)
     weights = find_weights(files, files.root) if file is None else WeightFiles((file,), {})
-    if weights.is_pickled:
-        tensors = _pickled(files, weights)
-        state = sort_state(infos(tensors), adapter, weights.paths[0])
-    else:
-        state = sort_state(weights.header, adapter, weights.paths[0])
-        tensors = {key: tensor for path in weights.paths for key, tensor in files.tensors(path).items()}
-    return assemble(files, state, tensors, config=config, adapter=adapter, options=options)
+    header, tensors_of = open_weights(files, weights)
+    state = sort_state(header, adapter, weights.paths[0])
+    check_headers(_base_of(config, state, {name: header[key].shape for key, name in state.base.items()}), config.file)
+    return assemble(files, state, tensors_of(), config=config, adapter=adapter, options=options)
 
 
-def _pickled(files: CheckpointFiles, weights: WeightFiles) -> dict[str, Tensor]:
-    files.convert(weights.paths)
-    tensors: dict[str, Tensor] = {}
-    for path in weights.paths:
-        for key, tensor in flat_tensors(files.pickle(path), path).items():
-            if key in tensors:
-                raise ForeignTensor(path, key, found="a tensor of another shard", expected="each tensor once")
-            tensors[key] = tensor
-    return tensors
+def _check_numbers(config: DyloraConfig) -> None:
+    """The base model's configuration, where config.json holds it, before any weight is read; its type may be missing."""
+    if config.base_config is not None:
+        check_config({"model_type": "", **config.base_config}, config.file)
+
+
+def _base_of(config: DyloraConfig, state: FullState, shapes: Mapping[str, tuple[int, ...]]) -> BaseModel:
+    return BaseModel(state.file, config.base_config or {}, shapes)
 
 
 def sort_state(header: Mapping[str, TensorInfo], adapter: AdapterConfig, file: Path) -> FullState:
@@ -150,7 +145,9 @@ def assemble(
     base_state = {name: tensors[key] for key, name in state.base.items()}
     check_finite(base_state, state.file)
     experts, router = _experts(state, tensors, adapter), router_state(files, gate, count, options)
-    _check_base(config, state.file, base_state, (experts, router))
+    base = _base_of(config, state, {name: tuple(tensor.shape) for name, tensor in base_state.items()})
+    check_headers(base, config.file)
+    check_fit(base, experts, router)
     return Checkpoint(
         path=files.root,
         format=FORMAT,
@@ -161,19 +158,6 @@ def assemble(
         base_state=base_state,
         tokenizer=tokenizer_directory(files.root),
     )
-
-
-def _check_base(
-    config: DyloraConfig, file: Path, base_state: Mapping[str, Tensor], parts: tuple[tuple[Expert, ...], RouterState]
-) -> None:
-    """Experts, router and base weights of the one file against each other, and against config.json where it says enough."""
-    described = config.base_config or {}
-    if "model_type" in described:
-        check_config(described, config.file)
-    shapes = {name: tuple(tensor.shape) for name, tensor in base_state.items()}
-    base = BaseModel(file, described, shapes)
-    check_headers(base, config.file)
-    check_fit(base, *parts)
 
 
 def _experts(state: FullState, tensors: Mapping[str, Tensor], adapter: AdapterConfig) -> tuple[Expert, ...]:

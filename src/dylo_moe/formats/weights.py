@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
 from pathlib import Path
 
-from dylo_moe.errors import InvalidField, MissingFile, UnreadableFile
+from torch import Tensor
+
+from dylo_moe.errors import ForeignTensor, InvalidField, MissingFile, UnreadableFile
+from dylo_moe.formats.adapter import flat_tensors, infos
 from dylo_moe.formats.files import CheckpointFiles
 from dylo_moe.formats.safetensors_file import TensorInfo
 
@@ -17,11 +21,12 @@ PICKLED = "pytorch_model.bin"
 
 @dataclass(frozen=True)
 class WeightFiles:
-    """Files in reading order. `index` is None unless there are shards; `header` is empty for pickles, which have none."""
+    """Files in reading order. `index` and `placed` (tensor -> shard) are those of shards; pickles have no `header`."""
 
     paths: tuple[Path, ...]
     header: dict[str, TensorInfo]
     index: Path | None = None
+    placed: Mapping[str, str] = field(default_factory=dict)
 
     @property
     def is_pickled(self) -> bool:
@@ -67,7 +72,7 @@ def _sharded(files: CheckpointFiles, index: Path) -> WeightFiles:
     for path in paths:
         files.require(path, "weight_map")
     if paths[0].suffix != ".safetensors":
-        return WeightFiles(paths, {}, index)
+        return WeightFiles(paths, {}, index, placed)
     header: dict[str, TensorInfo] = {}
     for path in paths:
         for key, info in files.header(path).items():
@@ -78,7 +83,33 @@ def _sharded(files: CheckpointFiles, index: Path) -> WeightFiles:
     for key in placed:
         if key not in header:
             raise InvalidField(index, key, found=f"no such tensor in {placed[key]}", expected="the tensor in that shard")
-    return WeightFiles(paths, header, index)
+    return WeightFiles(paths, header, index, placed)
+
+
+def open_weights(
+    files: CheckpointFiles, weights: WeightFiles
+) -> tuple[Mapping[str, TensorInfo], Callable[[], dict[str, Tensor]]]:
+    """Header of all files together, and what reads their tensors; pickles have no header and are read now.
+
+    Raises:
+        ForeignTensor: a tensor in two shards, or in another one than the index says.
+    """
+    if not weights.is_pickled:
+        return weights.header, lambda: {k: tensor for path in weights.paths for k, tensor in files.tensors(path).items()}
+    files.convert(weights.paths)
+    tensors: dict[str, Tensor] = {}
+    for path in weights.paths:
+        for key, tensor in flat_tensors(files.pickle(path), path).items():
+            if key in tensors:
+                raise ForeignTensor(path, key, found="a tensor of another shard", expected="each tensor once")
+            if weights.index is not None and weights.placed.get(key) != path.name:
+                expected = f"only in {weights.placed.get(key, 'no shard')}, as {weights.index.name} says"
+                raise ForeignTensor(path, key, found="the tensor", expected=expected)
+            tensors[key] = tensor
+    for key, name in weights.placed.items():
+        if key not in tensors:
+            raise InvalidField(weights.index, key, found=f"no such tensor in {name}", expected="the tensor in that shard")
+    return infos(tensors), lambda: tensors
 
 
 def _weight_map(files: CheckpointFiles, index: Path) -> dict[str, str]:
