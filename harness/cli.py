@@ -69,6 +69,10 @@ def _judge(options: argparse.Namespace, laws: Sequence[Law], gate: Gate, command
 
     if options.update_baseline is not None:
         baseline.refuse_unfit_tree(Path.cwd())
+    if options.wandb_artifact:
+        from dylo_moe import download_artifact
+
+        options.checkpoint = [*options.checkpoint, *map(download_artifact, options.wandb_artifact)]
     outputs = output_files(options)
     with Display(verbose=options.verbose) as display:
         document = judging.judge(_settings(options, laws, gate, command), display)

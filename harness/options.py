@@ -35,6 +35,13 @@ def parser() -> argparse.ArgumentParser:
     what = made.add_argument_group("what is judged")
     what.add_argument("--checkpoint", type=Path, action="append", default=[], metavar="DIR", help="a checkpoint; repeatable")
     what.add_argument(
+        "--wandb-artifact",
+        action="append",
+        default=[],
+        metavar="NAME",
+        help="a checkpoint to download: entity/project/name:version; repeatable; needs dylo-moe[wandb]",
+    )
+    what.add_argument(
         "--base-model", metavar="NAME_OR_PATH", help="base model, where it is not the one that the checkpoint records"
     )
     what.add_argument(

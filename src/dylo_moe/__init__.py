@@ -6,6 +6,7 @@ import importlib
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
+    from dylo_moe.artifact import download_artifact
     from dylo_moe.config import MoELoraConfig
     from dylo_moe.decoder import PeftMoEDecoder
     from dylo_moe.expert import ExpertManager
@@ -24,6 +25,7 @@ _HOMES = {
     "attach_router": "model",
     "detach_router": "model",
     "detect_model_format": "formats",
+    "download_artifact": "artifact",
     "load_checkpoint": "loading",
     "read_checkpoint": "formats",
 }

@@ -13,6 +13,7 @@ from evalplus.provider.base import DecoderBase
 from torch import Tensor, nn
 from transformers import AutoTokenizer, LogitsProcessorList, PreTrainedTokenizerBase, StoppingCriteriaList
 
+from dylo_moe.artifact import download_artifact
 from dylo_moe.errors import DyloMoeError, MissingFile, OptionError, PromptError, UnknownStrategy, one_line
 from dylo_moe.formats.base import resolve_base
 from dylo_moe.loading import load_checkpoint
@@ -31,12 +32,12 @@ class PeftMoEDecoder(DecoderBase):
     """Completes EvalPlus prompts with a checkpoint of any format that `load_checkpoint` reads.
 
     Args:
-        name: the checkpoint's directory; only a label where `adapter_path` is given.
+        name: the checkpoint's directory; only a label where `adapter_path` or `wandb_artifact` is given.
         dataset: "humaneval" or "mbpp", which decides the stop strings of base prompts.
         base_model: as in `load_checkpoint`; None takes what the checkpoint records.
         adapter_path: the checkpoint's directory.
         routing_strategy: "router", "single:<i>", "best", "ensemble" or "round_robin"; a merged checkpoint has only "router".
-        wandb_artifact: not available in this version.
+        wandb_artifact: "entity/project/name:version", downloaded as by `download_artifact` and used as its directory.
         force_base_prompt: give the model the bare prompt although its tokenizer has a chat template.
         attn_implementation, device_map, dtype, trust_remote_code: as in `load_checkpoint`; without a device_map the model
             goes to the first CUDA device, where there is one.
@@ -48,7 +49,7 @@ class PeftMoEDecoder(DecoderBase):
         model: an already loaded model of this checkpoint, used instead of loading one.
 
     Raises:
-        OptionError, UnknownStrategy, CheckpointError: one line each.
+        OptionError, UnknownStrategy, ArtifactError, CheckpointError: one line each.
     """
 
     def __init__(  # noqa: PLR0913  (EvalPlus's names, and ours)
@@ -72,7 +73,7 @@ class PeftMoEDecoder(DecoderBase):
         seed: int = 0,
         model: nn.Module | None = None,
     ) -> None:
-        _check_options(dataset, dtype, wandb_artifact, temperature=temperature, counts=(batch_size, max_new_tokens))
+        _check_options(dataset, dtype, temperature=temperature, counts=(batch_size, max_new_tokens))
         super().__init__(
             name=str(name),
             batch_size=batch_size,
@@ -88,14 +89,14 @@ class PeftMoEDecoder(DecoderBase):
         self.force_base_prompt = force_base_prompt
         self.skip_special_tokens = True
         self.seed = seed
-        path = Path(adapter_path or name)
         self.model = model
         if model is None:
+            path = Path(adapter_or_artifact(adapter_path, wandb_artifact) or name)
             options = {"attn_implementation": attn_implementation, "trust_remote_code": trust_remote_code}
             self.model = _load(path, base_model, dtype, device_map, options)
         checkpoint = self.model.checkpoint
         self.model_format = checkpoint.format
-        self.base_model_name = str(base_model or checkpoint.base_model or path)
+        self.base_model_name = str(base_model or checkpoint.base_model or checkpoint.path)
         self.device = next(self.model.parameters()).device
         self.tokenizer = _load_tokenizer(self.model, base_model, trust_remote_code)
         self._check_strategy()
@@ -202,13 +203,24 @@ def sample_seed(seed: int, prompt: str, index: int) -> int:
     return int.from_bytes(digest[:8], "big") >> 2
 
 
-def _check_options(dataset: str, dtype: str, wandb_artifact: str | None, *, temperature: float, counts: tuple[int, int]) -> None:
+def adapter_or_artifact(adapter_path: str | None, wandb_artifact: str | None) -> str | None:
+    """The checkpoint's directory, downloaded where an artifact is named.
+
+    Raises:
+        OptionError: both are given. ArtifactError: as `download_artifact`.
+    """
+    if wandb_artifact is None:
+        return adapter_path
+    if adapter_path is not None:
+        raise OptionError(f"adapter_path {adapter_path} and wandb_artifact {wandb_artifact}, but only one can be the checkpoint")
+    return str(download_artifact(wandb_artifact))
+
+
+def _check_options(dataset: str, dtype: str, *, temperature: float, counts: tuple[int, int]) -> None:
     if dataset not in ("humaneval", "mbpp"):
         raise OptionError(f"dataset {dataset!r}, but should be 'humaneval' or 'mbpp'")
     if dtype not in DTYPES:
         raise OptionError(f"dtype {dtype!r}, but should be one of {', '.join(DTYPES)}")
-    if wandb_artifact is not None:
-        raise OptionError("wandb_artifact is not available in this version: download the artifact and name its directory")
     if not (math.isfinite(temperature) and temperature >= 0):
         raise OptionError(f"temperature {temperature}, but should be 0 (greedy) or above")
     for what, count in zip(("batch_size", "max_new_tokens"), counts, strict=True):

@@ -24,6 +24,7 @@ DyloMoeError
 ├── OptionError (ValueError)            an option, or a combination of options, that cannot be used
 ├── PromptError (ValueError)            a prompt cannot be made or does not fit: chat template, positions
 ├── TaskSetError (ValueError)           a task file that cannot be used, or tasks without samples
+├── ArtifactError                       a W&B artifact cannot be downloaded, or is not what its manifest says
 ├── ScoringError                        the process that runs generated code cannot do its work
 └── SampleFileError (ValueError)        an existing sample or result file belongs to another run, or is damaged
 """
@@ -155,6 +156,17 @@ class PromptError(DyloMoeError, ValueError):
 
 class TaskSetError(DyloMoeError, ValueError):
     """A task file is unusable, or tasks that must be scored have no samples."""
+
+
+class ArtifactError(DyloMoeError):
+    """A W&B artifact cannot be had. The message is one line: its name, what is wrong, what to do."""
+
+    def __init__(self, artifact: str, problem: str, advice: str) -> None:
+        self.artifact, self.problem, self.advice = artifact, problem, advice
+        super().__init__(one_line(f"W&B artifact {artifact}: {problem}; {advice}"))
+
+    def __reduce__(self) -> tuple:
+        return type(self), (self.artifact, self.problem, self.advice)
 
 
 class ScoringError(DyloMoeError):

@@ -126,7 +126,7 @@ def run_codegen(  # noqa: PLR0913  (EvalPlus's signature, and ours after it)
         The path of the sample file.
 
     Raises:
-        OptionError, CheckpointError, TaskSetError, PromptError, SampleFileError: one line each.
+        OptionError, ArtifactError, CheckpointError, TaskSetError, PromptError, SampleFileError: one line each.
     """
     given = dict(locals())
     ours = {name: given.pop(name) for name in _own_options(run_codegen)}
@@ -143,8 +143,8 @@ def run_codegen(  # noqa: PLR0913  (EvalPlus's signature, and ours after it)
         raise OptionError("temperature 0 is greedy decoding: add greedy, or set a temperature above 0")
     if n_samples < 1:
         raise OptionError(f"n_samples {n_samples}, but should be at least 1")
+    from dylo_moe.decoder import adapter_or_artifact
     from dylo_moe.generating import Generation, generate_samples
-
     generation = Generation(
         task_set=load_tasks(dataset, version=version),
         task_range=_checked_range(id_range),
@@ -153,6 +153,8 @@ def run_codegen(  # noqa: PLR0913  (EvalPlus's signature, and ours after it)
         resume=resume,
         decoder={
             **ours,
+            "adapter_path": adapter_or_artifact(adapter_path, wandb_artifact),  # once, here
+            "wandb_artifact": None,
             "name": str(model),
             "dataset": dataset,
             "batch_size": bs or min(n_samples, 32),

@@ -14,7 +14,7 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any, TextIO
 
@@ -35,10 +35,14 @@ class Worker:
     """Runs `python -m <module>` in a private empty directory and talks JSON lines with it over pipes.
 
     Use as a context manager. Questions and answers are JSON objects.
+
+    Args:
+        environment: variables that the child gets besides the few that every child gets.
     """
 
-    def __init__(self, module: str) -> None:
+    def __init__(self, module: str, environment: Mapping[str, str] | None = None) -> None:
         self.module = module
+        self._extra = dict(environment or {})
         self._process: subprocess.Popen[bytes] | None = None
         self._directory: tempfile.TemporaryDirectory[str] | None = None
         self._pending = b""
@@ -88,7 +92,7 @@ class Worker:
                 stdout=subprocess.PIPE,
                 stderr=errors,
                 cwd=self._directory.name,
-                env=_environment(self._directory.name),
+                env=self._extra | _environment(self._directory.name),
                 start_new_session=True,
             )
         self._read(START_SECONDS)

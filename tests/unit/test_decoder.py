@@ -290,7 +290,7 @@ def test_merged_model_has_no_strategy_but_router(base):
 @pytest.mark.parametrize(
     ("options", "word"),
     [
-        ({"wandb_artifact": "a/b/c:v0"}, "wandb_artifact"),
+        ({"wandb_artifact": "a/b/c:v0", "adapter_path": "d"}, "only one can be the checkpoint"),
         ({"dtype": "float8"}, "bfloat16"),
         ({"dataset": "evalperf"}, "humaneval"),
         ({"temperature": -1.0}, "temperature"),

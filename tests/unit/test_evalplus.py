@@ -13,7 +13,7 @@ from pathlib import Path
 import pytest
 
 import dylo_moe.generating
-from dylo_moe.errors import OptionError, SampleFileError, TaskSetError, UnknownStrategy
+from dylo_moe.errors import ArtifactError, OptionError, SampleFileError, TaskSetError, UnknownStrategy
 from dylo_moe.evalplus import INSTRUCTION_PREFIX, RESPONSE_PREFIX, evaluate, make_model, run_codegen
 from harness.specimens import write_base, write_checkpoint
 from harness.specimens.tasks import TASKS, write_task_set
@@ -287,7 +287,8 @@ def test_contradicting_options_of_evaluate_are_named(tasks, options, word):
         ({"id_range": [5, 9]}, TaskSetError, r"\[5, 9\)"),
         ({"id_range": [1]}, OptionError, "id_range"),
         ({"routing_strategy": "single:2"}, UnknownStrategy, "single:2"),
-        ({"wandb_artifact": "a:b"}, OptionError, "wandb_artifact"),
+        ({"wandb_artifact": "a:b"}, ArtifactError, "entity/project/name:version"),
+        ({"wandb_artifact": "a/b/c:v0", "adapter_path": "d"}, OptionError, "only one can be the checkpoint"),
         ({"backend": "hf", "seed": 3}, OptionError, "seed: options of the backend peft_moe"),
     ],
 )
