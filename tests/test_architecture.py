@@ -36,6 +36,7 @@ JUDGED_ORDER = (
     "expert",
     "sampling",
     "strategies",
+    "saving",
     "model",
     "loading",
     "atomic",

@@ -14,11 +14,12 @@ from transformers.modeling_outputs import MoeCausalLMOutputWithPast
 from dylo_moe.config import MoELoraConfig
 from dylo_moe.errors import RoutingError
 from dylo_moe.expert import ExpertManager, expert_order
-from dylo_moe.formats import Checkpoint, Expert, LoraPair, RouterState, write_native
+from dylo_moe.formats import Checkpoint, write_native
 from dylo_moe.routable import restore_layers, routable_layers, route_layers, routed_units
 from dylo_moe.routed import Mixture, RoutedLinear
-from dylo_moe.router import DynamicHybridRouter, load_balancing_loss
+from dylo_moe.router import load_balancing_loss
 from dylo_moe.routing import Routing
+from dylo_moe.saving import stored_expert, stored_router
 from dylo_moe.strategies import generate_with_strategy
 
 
@@ -52,6 +53,7 @@ class DyLoRA_MoE(nn.Module):
         _check_no_biases(peft_model)
         units = {name: layers[name].in_features for name in routed_units(layers, mixture)}
         _check_router_width(router, self.moe_config.router_features, peft_model.get_base_model(), units)
+        self._units = tuple(units)
         self.peft_model = peft_model
         self.router = router
         self.mixture = mixture
@@ -216,7 +218,7 @@ class DyLoRA_MoE(nn.Module):
         Loading it gives every tensor back bitwise.
 
         Raises:
-            CheckpointError: the directory holds something else. RoutingError: the router is not a DynamicHybridRouter.
+            CheckpointError: the directory holds something else. RoutingError: a router that no checkpoint can describe.
         """
         write_native(save_directory, self._as_checkpoint(Path(save_directory)))
 
@@ -230,14 +232,15 @@ class DyLoRA_MoE(nn.Module):
 
     def _as_checkpoint(self, path: Path) -> Checkpoint:
         layers = self.routed_layers()
-        experts = tuple(_expert_on_disk(name, layers) for name in self.expert_names)
-        config = self.moe_config
+        experts = tuple(stored_expert(name, layers) for name in self.expert_names)
+        config, shared = self.moe_config, self.mixture.shared
         return Checkpoint(
             path=path,
             format="dylo-moe",
             base_model=self.causal_lm.config.name_or_path or None,
             experts=experts,
-            router=_router_on_disk(self.router, self.features),
+            router=stored_router(self.router, self._units, self.features),
+            shared=None if shared is None else stored_expert(shared, layers),
             load_balance={
                 "load_balance_loss_type": config.load_balance_loss_type,
                 "router_aux_loss_coef": config.router_aux_loss_coef,
@@ -319,37 +322,3 @@ def _check_router_width(router: nn.Module | None, features: str, causal_lm: PreT
         width = getattr(gate, "input_size", None)
         if width is not None and found != width:
             raise RoutingError(f"the router takes inputs of width {width}, but {name} has width {found}")
-
-
-def _expert_on_disk(name: str, layers: dict[str, RoutedLinear]) -> Expert:
-    modules = {}
-    for module, layer in layers.items():
-        if name in layer.lora_A:
-            lora_A = layer.lora_A[name].weight.detach().cpu()
-            root = lora_A.shape[0] ** 0.5 if layer.use_rslora[name] else lora_A.shape[0]
-            modules[module] = LoraPair(
-                lora_A=lora_A,
-                lora_B=layer.lora_B[name].weight.detach().cpu(),
-                alpha=_exact_alpha(layer.scaling[name], root, layer.lora_alpha[name]),
-                use_rslora=bool(layer.use_rslora[name]),
-            )
-    return Expert(name=name, modules=modules)
-
-
-def _exact_alpha(scaling: float, root: float, configured: float) -> float:
-    # set_scale may have changed the scaling since the configuration was made.
-    return configured if configured / root == scaling else scaling * root
-
-
-def _router_on_disk(router: nn.Module | None, features: str) -> RouterState | None:
-    if router is None:
-        return None
-    if not isinstance(router, DynamicHybridRouter):
-        raise RoutingError(f"a {type(router).__name__} cannot be saved, only a DynamicHybridRouter")
-    return RouterState(
-        weight=router.gate.weight.detach().cpu(),
-        bias=router.gate.bias.detach().cpu(),
-        features=features,
-        top_k=router.top_k,
-        temperature=router.temperature,
-    )

@@ -1,0 +1,69 @@
+"""From a routed model to what a checkpoint holds of it: experts, shared adapter and router, on the CPU."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+
+from torch import nn
+
+from dylo_moe.errors import RoutingError
+from dylo_moe.formats import Expert, GatesState, LoraPair, Router, RouterState
+from dylo_moe.gates import LayerGate
+from dylo_moe.routed import RoutedLinear
+from dylo_moe.router import DynamicHybridRouter
+
+
+def stored_expert(name: str, layers: Mapping[str, RoutedLinear]) -> Expert:
+    """One adapter of the routed layers, by their paths in the base model."""
+    modules = {}
+    for module, layer in layers.items():
+        if name in layer.lora_A:
+            lora_A = layer.lora_A[name].weight.detach().cpu()
+            root = lora_A.shape[0] ** 0.5 if layer.use_rslora[name] else lora_A.shape[0]
+            modules[module] = LoraPair(
+                lora_A=lora_A,
+                lora_B=layer.lora_B[name].weight.detach().cpu(),
+                alpha=_exact_alpha(layer.scaling[name], root, layer.lora_alpha[name]),
+                use_rslora=bool(layer.use_rslora[name]),
+            )
+    return Expert(name=name, modules=modules)
+
+
+def _exact_alpha(scaling: float, root: float, configured: float) -> float:
+    # set_scale may have changed the scaling since the configuration was made.
+    return configured if configured / root == scaling else scaling * root
+
+
+def stored_router(router: nn.Module | None, units: Sequence[str], features: str, level: str = "linear") -> Router | None:
+    """The router with its tensors as they are now.
+
+    Args:
+        units: paths of what is routed, in the order of the gates.
+        level: what the units are, see GatesState.
+
+    Raises:
+        RoutingError: a module of another kind, which no checkpoint can describe.
+    """
+    if router is None:
+        return None
+    if isinstance(router, DynamicHybridRouter):
+        weight, bias = router.gate.weight.detach().cpu(), router.gate.bias.detach().cpu()
+        return RouterState(weight, bias, features, router.top_k, router.temperature)
+    if isinstance(router, nn.ModuleList) and all(isinstance(gate, LayerGate) for gate in router):
+        return _stored_gates(list(router), units, level)
+    raise RoutingError(f"a {type(router).__name__} cannot be saved, only a DynamicHybridRouter or one LayerGate per routed layer")
+
+
+def _stored_gates(gates: list[LayerGate], units: Sequence[str], level: str) -> GatesState:
+    first = gates[0]
+    for name in ("rule", "temperature", "threshold", "num_experts"):
+        if len({getattr(gate, name) for gate in gates}) != 1:
+            raise RoutingError(f"gates that differ in their {name} cannot be saved")
+    return GatesState(
+        gates={unit: gate.state() for unit, gate in zip(units, gates, strict=True)},
+        rule=first.rule,
+        num_experts=first.num_experts,
+        level=level,
+        temperature=first.temperature,
+        threshold=first.threshold,
+    )
