@@ -59,12 +59,14 @@ def load_balancing_loss(weights: Tensor, kind: str, mask: Tensor | None = None) 
     Args:
         weights: (batch, seq, experts) or (batch, seq, layers, experts).
         kind: one of LOAD_BALANCE_LOSS_TYPES.
-        mask: (batch, seq), 0 at padding, which does not count.
+        mask: (batch, seq), 0 at padding, which does not count. Without any token that counts the loss is 0.
     """
     num_experts = weights.shape[-1]
     if mask is not None:
         weights = weights[mask.to(weights.device).bool()]
     tokens = weights.reshape(-1, num_experts)
+    if not len(tokens):
+        return weights.sum()  # a zero with a graph, where the mean of nothing would be NaN
     mean = tokens.mean(dim=0)
     if kind == "mse":
         return ((mean - 1 / num_experts) ** 2).mean()

@@ -59,6 +59,14 @@ def test_padding_does_not_count():
     assert load_balancing_loss(weights, "mse", mask).item() == pytest.approx(0.25)
 
 
+@pytest.mark.parametrize("kind", ["mse", "switch", "none"])
+def test_a_batch_of_padding_alone_has_loss_zero_and_a_gradient_of_zero(kind):
+    weights = torch.rand(1, 3, 2, requires_grad=True)
+    loss = load_balancing_loss(weights, kind, torch.zeros(1, 3, dtype=torch.long))
+    loss.backward()
+    assert loss.item() == 0 and torch.equal(weights.grad, torch.zeros(1, 3, 2))
+
+
 def test_unknown_loss_type_is_refused():
     with pytest.raises(RoutingError, match="load_balance_loss_type"):
         load_balancing_loss(torch.ones(1, 1, 2), "entropy")
