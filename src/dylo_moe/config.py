@@ -11,6 +11,7 @@ from peft import LoraConfig
 from dylo_moe.formats.checkpoint import ROUTER_FEATURES
 
 ROUTER_TYPES = ("dynamic_hybrid", "xlora", "gates")
+ROUTING_LEVELS = ("linear", "feed_forward")
 LOAD_BALANCE_LOSS_TYPES = ("mse", "switch", "none")
 
 
@@ -31,6 +32,7 @@ class MoELoraConfig(LoraConfig):
         router_features: what the router sees: "base" (last hidden state with the adapters off), "all_experts"
             (the same with every adapter on), "embedding", or "layer" (the routed layer's own input).
         shared_adapter: name of an adapter that is no expert: always added, with weight 1.
+        routing_level: what is mixed: "linear", each Linear's deltas, or "feed_forward", the outputs of whole MLPs (MixLoRA).
 
     Raises:
         ValueError: a value is out of range; the message names the field, what was found and what is allowed.
@@ -46,6 +48,7 @@ class MoELoraConfig(LoraConfig):
     load_balance_loss_type: str = field(default="mse")
     router_features: str = field(default="base")
     shared_adapter: str | None = field(default=None)
+    routing_level: str = field(default="linear")
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -66,6 +69,7 @@ class MoELoraConfig(LoraConfig):
         _require_one_of("router_type", self.router_type, ROUTER_TYPES)
         _require_one_of("load_balance_loss_type", self.load_balance_loss_type, LOAD_BALANCE_LOSS_TYPES)
         _require_one_of("router_features", self.router_features, ROUTER_FEATURES)
+        _require_one_of("routing_level", self.routing_level, ROUTING_LEVELS)
 
     @classmethod
     def from_peft_type(cls, **kwargs: Any) -> MoELoraConfig:

@@ -80,10 +80,10 @@ def _arrow(gate: LayerGate, logits: Tensor, x: Tensor) -> Tensor:
 
 
 def _top_p(gate: LayerGate, logits: Tensor, x: Tensor) -> Tensor:
-    probabilities = torch.softmax(logits, dim=-1)
-    ordered, order = torch.sort(probabilities, dim=-1, descending=True)
-    before = ordered.cumsum(dim=-1) - ordered
-    return _scattered(logits, order, torch.where(before < gate.threshold, ordered, 0.0))
+    # MoE-PEFT's "mixlora-dynamic": the temperature divides the probabilities, and the one that exceeds the threshold is kept.
+    ordered, order = torch.sort(torch.softmax(logits, dim=-1) / gate.temperature, dim=-1, descending=True)
+    beyond = (ordered.cumsum(dim=-1) > gate.threshold).cumsum(dim=-1) > 1
+    return _scattered(logits, order, ordered.masked_fill(beyond, 0.0))
 
 
 def _threshold(gate: LayerGate, logits: Tensor, x: Tensor) -> Tensor:
@@ -142,5 +142,5 @@ def _check(state: GateState, gates: GatesState, here: int) -> None:
         raise RoutingError(f"gate rule {gates.rule} without a threshold")
     if gates.rule == "adaptive_threshold" and state.threshold_weight is None:
         raise RoutingError("gate rule adaptive_threshold without a threshold gate")
-    if gates.rule == "arrow" and not gates.temperature > 0:
+    if gates.rule in ("arrow", "top_p") and not gates.temperature > 0:
         raise RoutingError(f"temperature={gates.temperature}, but should be above 0")

@@ -51,7 +51,7 @@ class DyLoRA_MoE(nn.Module):
         _check_counts(router, self.moe_config, names)
         _check_router_values(router, self.moe_config)
         _check_no_biases(peft_model)
-        units = {name: layers[name].in_features for name in routed_units(layers, mixture)}
+        units = routed_units(peft_model.get_base_model(), layers, mixture, self.moe_config.routing_level)
         _check_router_width(router, self.moe_config.router_features, peft_model.get_base_model(), units)
         self._units = tuple(units)
         self.peft_model = peft_model
@@ -59,7 +59,7 @@ class DyLoRA_MoE(nn.Module):
         self.mixture = mixture
         self.expert_manager = ExpertManager(peft_model)
         self._trainable_before = {n: p.requires_grad for n, p in peft_model.named_parameters()}
-        route_layers(self.causal_lm, layers, mixture)
+        route_layers(self.causal_lm, layers, mixture, units)
         self.routing = Routing(self.causal_lm, self.mixture, router, self.moe_config.router_features)
         # The router must not be dense because nobody called eval() on it while the model was evaluated.
         self.training = self.causal_lm.training
@@ -202,9 +202,7 @@ class DyLoRA_MoE(nn.Module):
                 self, inputs, attention_mask, "router", first_sample=first_sample, seeds=seeds, options=options
             )
 
-    def gradient_checkpointing_enable(
-        self, gradient_checkpointing_kwargs: dict[str, Any] | None = None, **options: Any
-    ) -> None:
+    def gradient_checkpointing_enable(self, gradient_checkpointing_kwargs: dict[str, Any] | None = None, **options: Any) -> None:
         """As transformers', with its options (a Trainer gives every_n_layers and offload). Non-reentrant checkpointing only
         (transformers' default): the other kind loses the router's gradient, which torch reports as an error."""
         self.causal_lm.gradient_checkpointing_enable(gradient_checkpointing_kwargs=gradient_checkpointing_kwargs, **options)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
+
 from peft.tuners.lora import Linear as LoraLinear
 from peft.tuners.tuners_utils import BaseTunerLayer
 from peft.utils.other import AuxiliaryTrainingWrapper
@@ -9,6 +11,7 @@ from torch import nn
 from transformers import PreTrainedModel
 
 from dylo_moe.errors import RoutingError
+from dylo_moe.feed_forward import RoutedFeedForward
 from dylo_moe.routed import Mixture, RoutedLinear
 
 
@@ -36,22 +39,30 @@ def routable_layers(causal_lm: PreTrainedModel) -> dict[str, LoraLinear]:
     return layers
 
 
-def routed_units(layers: dict[str, LoraLinear], mixture: Mixture) -> list[str]:
-    """Paths of the layers that some expert adapts, in module order: each has its own place in per-layer weights.
+def routed_units(
+    causal_lm: PreTrainedModel, layers: dict[str, LoraLinear], mixture: Mixture, level: str = "linear"
+) -> dict[str, int]:
+    """Path -> input width of what is routed, in module order: each has its own place in per-layer weights.
 
-    The other layers have the shared adapter only.
+    level: "linear", the layers that some expert adapts (the others have the shared adapter only); "feed_forward", the MLPs
+    in which these layers lie.
     """
-    return [name for name, layer in layers.items() if any(expert in layer.lora_A for expert in mixture.expert_names)]
+    adapted = {name: m.in_features for name, m in layers.items() if any(e in m.lora_A for e in mixture.expert_names)}
+    if level == "linear":
+        return adapted
+    hidden_size = causal_lm.get_input_embeddings().weight.shape[1]
+    return {name.rpartition(".")[0]: hidden_size for name in adapted}
 
 
-def route_layers(causal_lm: PreTrainedModel, layers: dict[str, LoraLinear], mixture: Mixture) -> None:
-    """Puts a RoutedLinear in the place of each layer."""
+def route_layers(causal_lm: PreTrainedModel, layers: dict[str, LoraLinear], mixture: Mixture, units: Iterable[str]) -> None:
+    """Puts a RoutedLinear in the place of each layer, then a RoutedFeedForward in the place of each unit that is an MLP."""
     readout = causal_lm.get_output_embeddings()
-    units = routed_units(layers, mixture)
-    mixture.num_layers = len(units)
     places = {name: index for index, name in enumerate(units)}
+    mixture.num_layers = len(places)
     for name, layer in layers.items():
         _replace(causal_lm, name, RoutedLinear(layer, mixture, places.get(name), is_readout=layer is readout))
+    for name in places.keys() - layers.keys():
+        _replace(causal_lm, name, RoutedFeedForward(causal_lm.get_submodule(name), mixture, places[name]))
 
 
 def restore_layers(causal_lm: PreTrainedModel) -> None:
@@ -61,6 +72,8 @@ def restore_layers(causal_lm: PreTrainedModel) -> None:
         # Flags that PEFT's methods have set on the routed layer since: training, active adapter, adapters disabled.
         original.__dict__.update({key: layer.__dict__[key] for key in original.__dict__ if key in layer.__dict__})
         _replace(causal_lm, name, original)
+    for name, block in [(n, m) for n, m in causal_lm.named_modules() if isinstance(m, RoutedFeedForward)]:
+        _replace(causal_lm, name, block.source[0])
 
 
 def _replace(root: nn.Module, name: str, module: nn.Module) -> None:

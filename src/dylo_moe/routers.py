@@ -9,7 +9,8 @@ from torch import nn
 from transformers import PreTrainedModel
 
 from dylo_moe.config import MoELoraConfig
-from dylo_moe.errors import ShapeMismatch
+from dylo_moe.errors import InvalidField, ShapeMismatch
+from dylo_moe.feed_forward import has_activation
 from dylo_moe.formats import Checkpoint, GatesState, RouterState
 from dylo_moe.gates import LayerGate
 from dylo_moe.router import DynamicHybridRouter
@@ -20,6 +21,7 @@ def build_router(checkpoint: Checkpoint, causal_lm: PreTrainedModel) -> nn.Modul
 
     Raises:
         ShapeMismatch: a gate on a module that the base model does not have.
+        InvalidField: the base model's MLPs have another activation than the checkpoint was trained with.
     """
     state = checkpoint.router
     if isinstance(state, GatesState):
@@ -40,6 +42,10 @@ def _gates(checkpoint: Checkpoint, state: GatesState, causal_lm: PreTrainedModel
     if lost:
         found = f"a gate on {lost[0]}, which the base model does not have"
         raise ShapeMismatch(checkpoint.path, lost[0], found=found, expected="gates of this base model")
+    for name in names:
+        if state.activation is not None and not has_activation(causal_lm.get_submodule(name), state.activation):
+            found = f"{state.activation[:80]!r}, which is not the activation of the base model's {name}"
+            raise InvalidField(checkpoint.path, "act_fn", found=found, expected="the base model's own")
     return nn.ModuleList(LayerGate(state.gates[name], state) for name in names)
 
 
@@ -54,7 +60,7 @@ def build_config(checkpoint: Checkpoint) -> MoELoraConfig:
             "router_temperature": state.temperature,
         }
     elif isinstance(state, GatesState):
-        values = {"router_type": "gates"}
+        values = {"router_type": "gates", "routing_level": state.level}
     if state is not None:
         values["router_features"] = state.features
     shared = checkpoint.shared.name if checkpoint.shared is not None else None

@@ -42,10 +42,10 @@ def by_definition(
     elif rule == "top_p":
         total = 0.0
         for expert in best:
-            if total >= threshold:
+            if total > threshold:
                 break
-            w[expert] = p[expert]
-            total += p[expert]
+            w[expert] = p[expert] / temperature
+            total += p[expert] / temperature
     elif rule == "threshold":
         w = np.where(p >= threshold, p, 0)
         w = w / w.sum() if w.sum() else w
@@ -100,6 +100,7 @@ def test_a_16_bit_gate_computes_in_float32_and_gives_its_tensors_back():
         ("arrow", {"top_k": None}, "top_k=None"),
         ("arrow", {"temperature": 0.0}, "temperature=0.0"),
         ("top_p", {"threshold": None}, "threshold"),
+        ("top_p", {"temperature": 0.0}, "temperature=0.0"),
         ("largest", {}, "largest"),
     ],
 )
