@@ -18,13 +18,15 @@ Marks, at the top of the directory:
 Two marks are refused as ambiguous, but for one pair that DyLoRA-MoE itself writes: peft_adapters/ beside model weights is
 dylora-separated. Subdirectories with adapters beside another mark (a trainer's checkpoint-N) decide nothing.
 
-A safetensors file gives its names in its header. Where a LORA is a pickle, its names are known only once it is read, which
-happens in a child process, weights_only, as every pickle is read.
+A safetensors file gives its names in its header, pickled shards in their index. Where a LORA, or a whole model of which
+config.json does not say what it is, is one pickle, its names are known only once it is read, which happens in a child process,
+weights_only, as every pickle is read.
 """
 
 from __future__ import annotations
 
 import os
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -32,7 +34,7 @@ from dylo_moe.errors import MissingFile, UnknownFormat
 from dylo_moe.formats import dylora, native, peft_lora
 from dylo_moe.formats.dylora_config import is_dylora_config
 from dylo_moe.formats.files import CheckpointFiles, entries
-from dylo_moe.formats.weights import dylora_pickles, find_weights, has_weights
+from dylo_moe.formats.weights import WeightFiles, dylora_pickles, find_weights, has_weights
 
 FULL_STATE = "dylora-full-state"
 BUNDLE = "dylora-bundle"
