@@ -237,7 +237,7 @@ class DyLoRA_MoE(nn.Module):
             format="dylo-moe",
             base_model=self.causal_lm.config.name_or_path or None,
             experts=experts,
-            router=stored_router(self.router, self._units, self.features),
+            router=stored_router(self.router, self._units, self.features, config.routing_level),
             shared=None if shared is None else stored_expert(shared, layers),
             load_balance={
                 "load_balance_loss_type": config.load_balance_loss_type,
