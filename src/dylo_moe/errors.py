@@ -22,6 +22,7 @@ DyloMoeError
 │   ├── UnknownStrategy                 a routing strategy that does not exist, or that this model cannot run
 │   └── CacheWithoutFeatures            a non-empty KV cache that lacks the router's own half
 ├── OptionError (ValueError)            an option, or a combination of options, that cannot be used
+├── ConversionError (ValueError)        a checkpoint that the wanted format, or fewer experts, cannot express
 ├── PromptError (ValueError)            a prompt cannot be made or does not fit: chat template, positions
 ├── TaskSetError (ValueError)           a task file that cannot be used, or tasks without samples
 ├── ArtifactError                       a W&B artifact cannot be downloaded, or is not what its manifest says
@@ -148,6 +149,13 @@ class CacheWithoutFeatures(RoutingError):
 
 class OptionError(DyloMoeError, ValueError):
     """An option, or a combination of options, cannot be used. The message says what can."""
+
+
+class ConversionError(DyloMoeError, ValueError):
+    """A checkpoint cannot be expressed as wanted without computing something else. The message is one line with the reason."""
+
+    def __init__(self, text: str) -> None:
+        super().__init__(one_line(text))
 
 
 class PromptError(DyloMoeError, ValueError):

@@ -72,8 +72,8 @@ def resolve_base(recorded: str | None, given: str | None = None, *, checkpoint: 
     """Where to load the base model from: a local directory, or the hub id that the user gave.
 
     Args:
-        recorded: what the checkpoint's files say. Only used when it is a local directory (as it stands, or relative to the
-            checkpoint or its parent) or is in the local Hugging Face cache; it never causes a download.
+        recorded: what the checkpoint's files say. Only used when it is a local directory (inside the checkpoint, as it stands,
+            or beside the checkpoint) or is in the local Hugging Face cache; it never causes a download.
         given: what the user says; wins.
 
     Raises:
@@ -104,7 +104,7 @@ def _candidates(recorded: str, checkpoint: str | Path | None) -> list[Path]:
     path = Path(recorded)
     if path.is_absolute() or checkpoint is None:
         return [path]
-    return [path, Path(checkpoint) / path, Path(checkpoint).parent / path]
+    return [Path(checkpoint) / path, path, Path(checkpoint).parent / path]
 
 
 def _cached(name: str) -> str | None:

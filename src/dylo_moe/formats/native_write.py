@@ -17,6 +17,7 @@ from torch import Tensor
 
 from dylo_moe.errors import InvalidField
 from dylo_moe.formats.adapter import check_expert_name
+from dylo_moe.formats.adapter_write import default_pair, save_tensors, write_expert, write_json
 from dylo_moe.formats.checkpoint import Checkpoint, Expert, GatesState, LoraPair, Router, RouterState, XLoraState
 from dylo_moe.formats.native import CONFIG, EXPERTS, HYBRID, MARK, ROUTER, SHARED, VERSION
 from dylo_moe.formats.router_fit import check_router_fits
@@ -93,7 +94,7 @@ def _moe_config(checkpoint: Checkpoint) -> dict[str, Any]:
 
 
 def _entry(expert: Expert) -> dict[str, Any]:
-    return {"name": expert.name, "scaling": _default_pair(expert).scaling}
+    return {"name": expert.name, "scaling": default_pair(expert).scaling}
 
 
 def _router_section(router: Router) -> dict[str, Any]:
@@ -109,69 +110,6 @@ def _router_tensors(router: Router) -> dict[str, Tensor]:
     if isinstance(router, RouterState):
         return {"gate.weight": router.weight, "gate.bias": router.bias}
     return router_tensors(router)
-
-
-def write_expert(directory: Path, expert: Expert, base_model: str | None) -> None:
-    """One expert as stock PEFT saves a LoRA: adapter_config.json and adapter_model.safetensors in `directory`.
-
-    Raises:
-        InvalidField: rank-stabilised and plain scaling in one expert, which one configuration cannot say.
-    """
-    directory.mkdir(parents=True, exist_ok=True)
-    tensors = {}
-    for module, pair in expert.modules.items():
-        tensors[f"base_model.model.{module}.lora_A.weight"] = pair.lora_A
-        tensors[f"base_model.model.{module}.lora_B.weight"] = pair.lora_B
-    save_tensors(directory / "adapter_model.safetensors", tensors)
-    write_json(directory / "adapter_config.json", _adapter_config(expert, base_model, directory))
-
-
-def _adapter_config(expert: Expert, base_model: str | None, directory: Path) -> dict[str, Any]:
-    default = _default_pair(expert)
-    if any(pair.use_rslora != default.use_rslora for pair in expert.modules.values()):
-        raise InvalidField(directory, "use_rslora", found="true and false in one expert", expected="one of them")
-    return {
-        "peft_type": "LORA",
-        "task_type": "CAUSAL_LM",
-        "base_model_name_or_path": base_model,
-        "inference_mode": True,
-        "r": default.rank,
-        "lora_alpha": _plain(default.alpha),
-        "lora_dropout": 0.0,
-        "use_rslora": default.use_rslora,
-        "bias": "none",
-        "fan_in_fan_out": False,
-        "target_modules": list(expert.targets) or sorted(expert.modules),
-        "rank_pattern": {_exactly(name): pair.rank for name, pair in expert.modules.items() if pair.rank != default.rank},
-        "alpha_pattern": {
-            _exactly(name): _plain(pair.alpha) for name, pair in expert.modules.items() if pair.alpha != default.alpha
-        },
-    }
-
-
-def _default_pair(expert: Expert) -> LoraPair:
-    """The pair whose rank and alpha are the most frequent, the first of them; the others go into patterns."""
-    pairs = list(expert.modules.values())
-    rank, alpha = Counter((pair.rank, pair.alpha) for pair in pairs).most_common(1)[0][0]
-    return next(pair for pair in pairs if (pair.rank, pair.alpha) == (rank, alpha))
-
-
-def _exactly(module: str) -> str:
-    return re.escape(module)  # rank_pattern and alpha_pattern are regular expressions
-
-
-def _plain(alpha: float) -> int | float:
-    return int(alpha) if float(alpha).is_integer() else alpha
-
-
-def save_tensors(path: Path, tensors: dict[str, Tensor]) -> None:
-    own = {key: tensor.detach().to("cpu", copy=True).contiguous() for key, tensor in tensors.items()}
-    with torch.no_grad():
-        save_file(own, path, metadata={"format": "pt"})
-
-
-def write_json(path: Path, value: dict[str, Any]) -> None:
-    path.write_text(json.dumps(value, indent=2) + "\n")
 
 
 def _swap(scratch: Path, target: Path) -> None:
