@@ -2,23 +2,18 @@
 
 from __future__ import annotations
 
-import json
 import os
-import re
 import shutil
 import tempfile
-from collections import Counter
 from pathlib import Path
 from typing import Any
 
-import torch
-from safetensors.torch import save_file
 from torch import Tensor
 
 from dylo_moe.errors import InvalidField
 from dylo_moe.formats.adapter import check_expert_name
 from dylo_moe.formats.adapter_write import default_pair, save_tensors, write_expert, write_json
-from dylo_moe.formats.checkpoint import Checkpoint, Expert, GatesState, LoraPair, Router, RouterState, XLoraState
+from dylo_moe.formats.checkpoint import Checkpoint, Expert, GatesState, Router, RouterState, XLoraState
 from dylo_moe.formats.native import CONFIG, EXPERTS, HYBRID, MARK, ROUTER, SHARED, VERSION
 from dylo_moe.formats.router_fit import check_router_fits
 from dylo_moe.formats.router_sections import gates_section, router_tensors, xlora_section

@@ -2,7 +2,7 @@
 
 In moe_config.json, beside "dynamic_hybrid" (see native.py):
     {"type": "xlora", "layers": [{"inputs", "outputs", "bias"}, ...], and the settings of XLoraState by their names}
-    {"type": "gates", "level", "rule", "temperature", "threshold",
+    {"type": "gates", "level", "rule", "temperature", "threshold", "activation",
      "gates": [{"unit", "experts", "inputs", "top_k", "bias", "threshold_gate": null | "weight" | "weight and bias"}, ...]}
 In router.safetensors:
     classifier.layers.<i>.weight (outputs, inputs), .bias (outputs,)
@@ -21,6 +21,7 @@ from torch import Tensor
 
 from dylo_moe.errors import ForeignTensor, GateMissing, InvalidField, ShapeMismatch
 from dylo_moe.formats.adapter import check_finite
+from dylo_moe.formats.adapter_config import optional_text
 from dylo_moe.formats.checkpoint import GATE_RULES, GatesState, GateState, XLoraState
 from dylo_moe.formats.files import CheckpointFiles
 from dylo_moe.formats.options import ReadOptions
@@ -42,7 +43,7 @@ def xlora_section(state: XLoraState) -> dict[str, Any]:
 
 
 def gates_section(state: GatesState) -> dict[str, Any]:
-    settings = {name: getattr(state, name) for name in ("level", "rule", "temperature", "threshold")}
+    settings = {name: getattr(state, name) for name in ("level", "rule", "temperature", "threshold", "activation")}
     gates = [
         {
             "unit": unit,
@@ -147,7 +148,8 @@ def read_gates(section: Mapping[str, Any], files: CheckpointFiles, paths: tuple[
     tensors = _read(files, tensor_path, shapes)
     gates = {unit: _gate(unit, top_k, tensors) for unit, top_k in top_ks.items()}
     level, temperature = _one_of(section, "level", path, LEVELS), _number(section, "temperature", path, above=0.0)
-    return GatesState(gates, rule, count, level, temperature, threshold)
+    activation = optional_text(section.get("activation"), path, "router.activation")
+    return GatesState(gates, rule, count, level, temperature, threshold, activation)
 
 
 def _gate_shapes(gate: Mapping[str, Any], path: Path, field: str, here: int) -> Shapes:
