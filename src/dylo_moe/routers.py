@@ -11,9 +11,10 @@ from transformers import PreTrainedModel
 from dylo_moe.config import MoELoraConfig
 from dylo_moe.errors import InvalidField, ShapeMismatch
 from dylo_moe.feed_forward import has_activation
-from dylo_moe.formats import Checkpoint, GatesState, RouterState
+from dylo_moe.formats import Checkpoint, GatesState, RouterState, XLoraState
 from dylo_moe.gates import LayerGate
 from dylo_moe.router import DynamicHybridRouter
+from dylo_moe.xlora_router import XLoraRouter
 
 
 def build_router(checkpoint: Checkpoint, causal_lm: PreTrainedModel) -> nn.Module | None:
@@ -26,6 +27,8 @@ def build_router(checkpoint: Checkpoint, causal_lm: PreTrainedModel) -> nn.Modul
     state = checkpoint.router
     if isinstance(state, GatesState):
         return _gates(checkpoint, state, causal_lm)
+    if isinstance(state, XLoraState):
+        return XLoraRouter(state)
     if state is None:
         return None
     router = DynamicHybridRouter(state.hidden_size, state.num_experts, state.top_k, state.temperature)
@@ -58,6 +61,13 @@ def build_config(checkpoint: Checkpoint) -> MoELoraConfig:
             "top_k_experts": state.top_k,
             "router_hidden_size": state.hidden_size,
             "router_temperature": state.temperature,
+        }
+    elif isinstance(state, XLoraState):
+        values = {
+            "router_type": "xlora",
+            "top_k_experts": state.top_k or state.num_experts,
+            "router_hidden_size": state.hidden_size,
+            "router_temperature": state.softmax_temperature,
         }
     elif isinstance(state, GatesState):
         values = {"router_type": "gates", "routing_level": state.level}

@@ -9,7 +9,7 @@ from dataclasses import replace
 from pathlib import Path
 
 from dylo_moe.errors import HashMismatch, UnknownFormat
-from dylo_moe.formats import adamole, dylora, loramoe, mergoo, moe_peft, mola, native, peft_arrow, peft_lora
+from dylo_moe.formats import adamole, dylora, loramoe, mergoo, moe_peft, mola, native, peft_arrow, peft_lora, peft_xlora, xlora
 from dylo_moe.formats.adapter import check_same_sizes
 from dylo_moe.formats.base import check_experts_fit_base, resolve_base
 from dylo_moe.formats.checkpoint import (
@@ -30,9 +30,10 @@ from dylo_moe.formats.dylora_full import read_full_state
 from dylo_moe.formats.files import CheckpointFiles
 from dylo_moe.formats.merged import read_merged
 from dylo_moe.formats.native_write import write_native
-from dylo_moe.formats.options import ReadOptions
+from dylo_moe.formats.options import Adapters, ReadOptions
 
 __all__ = [
+    "Adapters",
     "FORMATS",
     "GATE_RULES",
     "ROUTER_FEATURES",
@@ -73,6 +74,7 @@ def read_checkpoint(  # noqa: PLR0913 - as load_checkpoint: one option per thing
     router_features: str | None = None,
     rng_seed: int | None = None,
     genknowsub: str | None = None,
+    adapters: Adapters = None,
     expect_hash: str | Mapping[str, str] | None = None,
 ) -> Checkpoint:
     """Read and validate a checkpoint of any format.
@@ -84,6 +86,8 @@ def read_checkpoint(  # noqa: PLR0913 - as load_checkpoint: one option per thing
             for each layer of the base model, which only MoLA has.
         rng_seed: of Arrow's prototypes, where its files record none.
         genknowsub: "subtract" or "subtracted": whether Arrow's experts still hold the general adapters, where it cannot be told.
+        adapters: directories of X-LoRA's experts outside of the checkpoint, by name or one that holds them all. The paths that
+            the checkpoint records are not opened unless they are named here.
         expect_hash: SHA-256 by relative file name, or the `combined_hash` of all files read.
 
     Raises:
@@ -92,7 +96,7 @@ def read_checkpoint(  # noqa: PLR0913 - as load_checkpoint: one option per thing
     path = Path(path)
     pinned = expect_hash if isinstance(expect_hash, Mapping) else None
     files = CheckpointFiles(_root(path), pinned)
-    options = ReadOptions(lora_alpha, top_k, temperature, router_features, rng_seed, genknowsub)
+    options = ReadOptions(lora_alpha, top_k, temperature, router_features, rng_seed, genknowsub, adapters)
     checkpoint = _read(files, detect(files, path), path, options)
     check_same_sizes(checkpoint.experts, path)
     files.check_all_expected_read()
@@ -133,6 +137,8 @@ def _read(files: CheckpointFiles, name: str, path: Path, options: ReadOptions) -
         loramoe.HYDRALORA: loramoe.read_hydralora,
         mola.FORMAT: mola.read_mola,
         adamole.FORMAT: adamole.read_adamole,
+        peft_xlora.FORMAT: peft_xlora.read_peft_xlora,
+        xlora.FORMAT: xlora.read_xlora,
         "merged": read_merged,
     }
     if name == BUNDLE:

@@ -39,6 +39,7 @@ class CheckpointFiles:
         self.warnings: list[str] = []
         self.assumptions: dict[str, Any] = {}
         self._expected = dict(expected or {})
+        self._also: list[Path] = []
         self._pickles: dict[Path, PickleTree] = {}
 
     def exists(self, path: Path) -> bool:
@@ -51,7 +52,12 @@ class CheckpointFiles:
         Raises:
             MissingFile: absent, a FIFO, device or directory, or a link that leaves the checkpoint.
         """
-        return regular_file(path, self.root, field)
+        root = next((directory for directory in self._also if path.is_relative_to(directory)), self.root)
+        return regular_file(path, root, field)
+
+    def also_open(self, directory: Path) -> None:
+        """From now on, files of this directory may be read too: the user named it beside the checkpoint."""
+        self._also.append(directory)
 
     def read_json(self, path: Path, limit: int = MAX_JSON_BYTES) -> dict[str, Any]:
         """The JSON object in `path`; see parse_json for what is refused."""

@@ -1,0 +1,112 @@
+"""X-LoRA's router (arXiv 2402.07148): an MLP on the base model's last hidden state speaks for every token.
+
+Shapes: B batch, S sequence, H hidden size, E experts, L routed layers.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from dylo_moe.errors import RoutingError
+from dylo_moe.formats import XLoraState
+
+
+class XLoraRouter(nn.Module):
+    """The classifier of PEFT's XLoraModel, with the same order of operations.
+
+    logits = MLP(h); weights = softmax(logits / temperature) if enable_softmax, else logits; all but the top_k become 0 and the
+    rest is not renormalised; with enable_softmax_topk a softmax over those that are not 0; times global_scaling_weight.
+    Dropout acts in training only.
+
+    Raises:
+        RoutingError: top_k, temperature or the layers' widths contradict the rest of the state.
+    """
+
+    def __init__(self, state: XLoraState) -> None:
+        super().__init__()
+        _check(state)
+        self.input_size = state.hidden_size
+        self.num_experts = state.num_experts
+        self.num_layers = state.num_layers
+        self.layerwise = state.layerwise
+        self.top_k = state.top_k
+        self.temperature = state.softmax_temperature
+        self.enable_softmax = state.enable_softmax
+        self.enable_softmax_topk = state.enable_softmax_topk
+        self.global_scaling_weight = state.global_scaling_weight
+        self.dropout = state.dropout
+        self.use_relu = state.use_relu
+        self.layers = nn.ModuleList(_linear(weight, bias) for weight, bias in state.layers)
+
+    def forward(self, hidden_states: Tensor) -> Tensor:
+        """(B, S, H) of any float dtype -> weights (B, S, E), layerwise (B, S, L, E), in the classifier's dtype."""
+        x = hidden_states.to(self.layers[0].weight.dtype)
+        for layer in self.layers[:-1]:
+            x = layer(x)
+            if self.use_relu:
+                x = F.dropout(F.relu(x), self.dropout, self.training)
+        weights = self.layers[-1](x)
+        if self.layerwise:
+            weights = weights.unflatten(-1, (self.num_layers, self.num_experts))
+        if self.enable_softmax:
+            weights = torch.softmax(weights / self.temperature, dim=-1)
+        return self._selected(weights) * self.global_scaling_weight
+
+    def _selected(self, weights: Tensor) -> Tensor:
+        if self.top_k is not None:
+            kept = torch.topk(weights, self.top_k, dim=-1).indices
+            weights = weights * torch.zeros_like(weights).scatter(-1, kept, 1.0)
+        if self.enable_softmax_topk:
+            present = weights != 0
+            # Where all weights are 0 the softmax is NaN and is not used.
+            shares = torch.softmax(weights.masked_fill(~present, float("-inf")), dim=-1)
+            weights = shares.masked_fill(~present, 0.0)
+        return weights
+
+    def state(self) -> XLoraState:
+        """The settings, and the tensors as they are now, on the CPU."""
+        return XLoraState(
+            layers=tuple((_stored(layer.weight), _stored(layer.bias)) for layer in self.layers),
+            num_experts=self.num_experts,
+            num_layers=self.num_layers,
+            layerwise=self.layerwise,
+            enable_softmax=self.enable_softmax,
+            enable_softmax_topk=self.enable_softmax_topk,
+            softmax_temperature=self.temperature,
+            top_k=self.top_k,
+            global_scaling_weight=self.global_scaling_weight,
+            dropout=self.dropout,
+            use_relu=self.use_relu,
+        )
+
+    def extra_repr(self) -> str:
+        return f"experts={self.num_experts}, top_k={self.top_k}, temperature={self.temperature}, layerwise={self.layerwise}"
+
+
+def _linear(weight: Tensor, bias: Tensor | None) -> nn.Linear:
+    linear = nn.Linear(weight.shape[1], weight.shape[0], bias=bias is not None, device="meta")
+    # A 16-bit classifier would round weights to 3 digits; like the experts in PEFT, it computes in float32.
+    wide = torch.promote_types(weight.dtype, torch.float32)
+    linear.weight = nn.Parameter(weight.to(wide, copy=True))
+    if bias is not None:
+        linear.bias = nn.Parameter(bias.to(wide, copy=True))
+    return linear
+
+
+def _stored(parameter: Tensor | None) -> Tensor | None:
+    return None if parameter is None else parameter.detach().cpu()
+
+
+def _check(state: XLoraState) -> None:
+    if state.top_k is not None and not 1 <= state.top_k <= state.num_experts:
+        raise RoutingError(f"top_k={state.top_k}, but should be None or from 1 to num_experts={state.num_experts}")
+    if not state.softmax_temperature > 0:
+        raise RoutingError(f"softmax_temperature={state.softmax_temperature}, but should be above 0")
+    if state.enable_softmax_topk and state.softmax_topk_over != "experts":
+        raise RoutingError("a softmax over several tokens would let a token depend on later ones and on other rows")
+    outputs = state.num_experts * (state.num_layers if state.layerwise else 1)
+    found = state.layers[-1][0].shape[0]
+    if found != outputs:
+        raise RoutingError(f"a classifier of {found} outputs for {outputs} weights of {state.num_experts} experts")
