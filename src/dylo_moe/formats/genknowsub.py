@@ -70,27 +70,25 @@ def _less(expert: Expert, mean: Pairs) -> Expert:
 def _state(expert: Expert, general: tuple[Expert, ...], mean: Pairs) -> str | None:
     """SUBTRACT, SUBTRACTED, or None where the tensors do not tell.
 
-    The share of the mean A in the expert's A is about 0 where they began at different random numbers and 1 where they began
-    at the same, and one less once the mean is subtracted; the share of the mean B, which begins at zero, is 0 or a little
-    more, and one less after. So -1 in A, or 0 in A with -1 in B, is subtracted; 1 in A, or 0 in both, is not. But an expert
-    that was trained on from a general adapter also has 0 in both once subtracted; it is then much smaller than that adapter.
+    The share of the mean A in the expert's A is about 0 where the two began at different random numbers and 1 where they began
+    at the same; the share of the mean B, which begins at zero, is 0 in the first case and from 0 to 1 in the second. Both are
+    one less once the mean is subtracted. That leaves 0 in A open: an expert that began elsewhere then has 0 in B and the size
+    of the general adapters; one that began at the same numbers and was subtracted from is smaller and has less than 0 in B,
+    unless it learned the same as they.
     """
     pairs = expert.modules
     share_A = _share([(pairs[module].lora_A, mean[module][0]) for module in pairs])
-    share_B = _share([(pairs[module].lora_B, mean[module][1]) for module in pairs])
-    if share_A is None:
+    share_B = _share([(pairs[module].lora_B, mean[module][1]) for module in pairs]) or 0.0  # untrained general adapters
+    if share_A is None or 0.4 < abs(share_A) < 0.6:
         return None
-    if share_A <= -0.6:
-        return SUBTRACTED
-    if share_A >= 0.6:
-        return SUBTRACT
-    if abs(share_A) > 0.4:
-        return None
-    if share_B is not None and share_B <= -0.6:
-        return SUBTRACTED
+    if abs(share_A) >= 0.6:
+        return SUBTRACT if share_A > 0 else SUBTRACTED
     size = sum(_square(pair.lora_A) for pair in pairs.values())
     usual = sum(_square(pair.lora_A) for adapter in general for pair in adapter.modules.values()) / len(general)
-    return SUBTRACT if abs(share_B or 0.0) < 0.3 and size >= 0.8 * usual else None
+    is_small = size < 0.8 * usual
+    if share_B <= -0.6 or share_B <= -0.3 and is_small:
+        return SUBTRACTED
+    return SUBTRACT if abs(share_B) < 0.3 and not is_small else None
 
 
 def _share(pairs: list[tuple[Tensor, Tensor]]) -> float | None:

@@ -6,6 +6,7 @@ The gates are no file of the checkpoint: PEFT computes them from the experts at 
 from __future__ import annotations
 
 import re
+from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -60,6 +61,7 @@ def read_arrow(files: CheckpointFiles, options: ReadOptions) -> Checkpoint:
             raise ExpertMissing(directory, "", found="no such directory", expected=f"the files of {name}, as in {ROUTER}")
     files.convert(pickled_weights(files, directories))
     read = [read_adapter(files, directory, name) for name, directory in zip(names, directories, strict=True)]
+    _check_plain(config for _, config in read)
     _check_alike(read)
     adapters = tuple(_widened(expert) for expert, _ in read)
     experts, general = adapters[: len(routing.experts)], adapters[len(routing.experts) :]
@@ -180,6 +182,15 @@ def _rng_seed(files: CheckpointFiles, recorded: object, given: int | None, path:
     if recorded is not None:
         files.warn(f"rng_seed {given} was given and used, while {files.relative(path)} records {recorded}")
     return given
+
+
+def _check_plain(configs: Iterable[AdapterConfig]) -> None:
+    """Raises InvalidField for what PEFT's Arrow drops without a word: it runs A, B and the scaling, and nothing else."""
+    for config in configs:
+        variants = {"use_dora": config.use_dora, "lora_bias": config.lora_bias, "modules_to_save": config.saved}
+        for field, found in (variants | {"bias": config.bias != "none"}).items():
+            if found:
+                raise InvalidField(config.file, field, found=repr(found)[:80], expected="none: Arrow routes plain LoRA only")
 
 
 def _check_alike(read: list[tuple[Expert, AdapterConfig]]) -> None:
