@@ -149,7 +149,8 @@ def _mixture_of_lora(files: CheckpointFiles, config: dict[str, Any]) -> str | No
     """The format of a mixture that calls itself a LORA; None for a plain one."""
     names = _adapter_tensors(files)
     route = next((name for name in names if ".lora_route." in name), None)
-    router = next((name for name in names if ".router.router." in name), None)
+    # MoLA's experts are lora_A_0, lora_A_1 ...; without its routers it is refused as a MoLA rather than misread as one LoRA.
+    router = next((name for name in names if ".router.router." in name or ".lora_A_0." in name), None)
     if route and router:
         raise UnknownFormat(files.root, "", found=f"the tensors {route} and {router}", expected="one format")
     if router:

@@ -6,7 +6,7 @@ Shared by mergoo, LoRAMoE, HydraLoRA, MoLA and AdaMoLE. Each of them says what i
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 from torch import Tensor
@@ -128,13 +128,16 @@ def check_units(
         if recorded is not None and len(unit.experts) != recorded[0]:
             expected = f"{recorded[0]}, the {recorded[2]} of {recorded[1].name}"
             raise ExpertCountMismatch(file, module, found=f"{len(unit.experts)} experts", expected=expected)
-    count = max(len(unit.experts) for unit in units.values())
-    configs = tuple(adapters(number) for number in range(count))
-    for number, config in enumerate(configs):
-        check_pairs(_pairs_of(units, number), config, file)
+    configs = []
+    for number in range(max(len(unit.experts) for unit in units.values())):
+        pairs, config = _pairs_of(units, number), adapters(number)
+        if len(pairs) < len(units):  # a higher layer's expert need not be on every target module
+            config = replace(config, targets=None)
+        check_pairs(pairs, config, file)
+        configs.append(config)
     for module, unit in units.items():
         _check_gate(module, unit, file, gate)
-    return GatedState(file, units, configs)
+    return GatedState(file, units, tuple(configs))
 
 
 def _check_numbers(module: str, unit: Unit, file: Path) -> None:
@@ -171,18 +174,11 @@ def _check_gate(module: str, unit: Unit, file: Path, name: str) -> None:
 
 
 def build_experts(state: GatedState, tensors: Mapping[str, Tensor]) -> tuple[Expert, ...]:
-    """expert_0, expert_1 ...; only those that are on every module must cover their target modules in every layer.
-
-    Raises:
-        NonFiniteTensor: naming the tensor.
-    """
-    experts = []
-    for number, adapter in enumerate(state.adapters):
-        pairs = _pairs_of(state.units, number)
-        expert = build_expert(f"expert_{number}", pairs, tensors, adapter, state.file)
-        targets = expert.targets if len(pairs) == len(state.units) else ()
-        experts.append(Expert(expert.name, expert.modules, targets))
-    return tuple(experts)
+    """expert_0, expert_1 ... Raises NonFiniteTensor naming the tensor."""
+    return tuple(
+        build_expert(f"expert_{number}", _pairs_of(state.units, number), tensors, adapter, state.file)
+        for number, adapter in enumerate(state.adapters)
+    )
 
 
 def build_gates(state: GatedState, tensors: Mapping[str, Tensor], top_k: Callable[[str], int | None]) -> dict[str, GateState]:
