@@ -8,6 +8,7 @@ from peft import LoraConfig, PeftModel, get_peft_model
 from transformers import PreTrainedModel
 
 from dylo_moe.errors import RoutingError
+from dylo_moe.replaced import ExpertBias, RoutedModule
 from dylo_moe.routed import Mixture, RoutedLinear
 
 # The attention projections of the model families in use; a model has those that its modules' names end in.
@@ -116,11 +117,10 @@ class ExpertManager:
     def _set_trainable(self, names: list[str], of: list[str] | None = None) -> None:
         """These adapters train, the others of `of` (all experts) do not."""
         for module in self.model.modules():
-            if isinstance(module, RoutedLinear):
+            if isinstance(module, (RoutedLinear, RoutedModule, ExpertBias)):
                 for name in self.expert_names if of is None else of:
-                    for part in (module.lora_A, module.lora_B):
-                        if name in part:
-                            part[name].requires_grad_(name in names)
+                    for parameter in module.expert_parameters(name):
+                        parameter.requires_grad_(name in names)
 
 
 def expert_order(names: list[str]) -> list[str]:

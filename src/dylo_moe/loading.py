@@ -2,21 +2,20 @@
 
 from __future__ import annotations
 
-import warnings
 from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import torch
-from peft import LoraConfig, PeftModel, get_peft_model
 from transformers import CONFIG_MAPPING, AutoConfig, AutoModelForCausalLM, PretrainedConfig, PreTrainedModel
-from transformers.pytorch_utils import Conv1D
 
+from dylo_moe.adapters import add_experts
 from dylo_moe.errors import InvalidField, ShapeMismatch
-from dylo_moe.formats import Checkpoint, Expert, read_checkpoint
+from dylo_moe.formats import Adapters, Checkpoint, read_checkpoint
 from dylo_moe.formats.base import check_experts_fit_base, read_base, resolve_base
 from dylo_moe.model import DyLoRA_MoE, attach_router
+from dylo_moe.replaced import add_biases
 from dylo_moe.routers import build_config, build_router
 
 
@@ -32,6 +31,7 @@ def load_checkpoint(  # noqa: PLR0913 - from_pretrained's own habit: one option 
     router_features: str | None = None,
     rng_seed: int | None = None,
     genknowsub: str | None = None,
+    adapters: Adapters = None,
     expect_hash: str | None = None,
     attn_implementation: str | None = None,
     trust_remote_code: bool = False,
@@ -45,8 +45,8 @@ def load_checkpoint(  # noqa: PLR0913 - from_pretrained's own habit: one option 
         dtype: of the base model, "auto" or None for the one it is stored in; experts and router keep theirs, except that
             16-bit ones become float32, as in PEFT.
         device_map: as in transformers' from_pretrained.
-        lora_alpha, top_k, temperature, router_features, rng_seed, genknowsub: for layouts whose files do not hold them, and to
-            override; see read_checkpoint.
+        lora_alpha, top_k, temperature, router_features, rng_seed, genknowsub, adapters: for layouts whose files do not hold
+            them, and to override; see read_checkpoint.
         expect_hash: refuse files whose hash is another.
 
     Returns:
@@ -64,6 +64,7 @@ def load_checkpoint(  # noqa: PLR0913 - from_pretrained's own habit: one option 
         router_features=router_features,
         rng_seed=rng_seed,
         genknowsub=genknowsub,
+        adapters=adapters,
         expect_hash=expect_hash,
     )
     options = {
@@ -79,27 +80,9 @@ def load_checkpoint(  # noqa: PLR0913 - from_pretrained's own habit: one option 
         return base.eval()
     peft_model = add_experts(base, checkpoint.adapters)
     model = attach_router(peft_model, build_router(checkpoint, base), build_config(checkpoint))
-    model.checkpoint = checkpoint
+    add_biases(model.causal_lm, {expert.name: expert.biases for expert in checkpoint.experts}, model.features)
+    model.checkpoint = replace(checkpoint, warnings=(*checkpoint.warnings, *model.notes))
     return model.eval()
-
-
-def add_experts(base: PreTrainedModel, experts: tuple[Expert, ...]) -> PeftModel:
-    """Wraps a base in place with one LoRA adapter per expert, every tensor set and none left at its start value.
-
-    The LoraConfig is our own, from the validated fields: nothing that a file says about initialisation is run.
-    """
-    peft_model: PeftModel | None = None
-    for expert in experts:
-        config = _lora_config(expert, fan_in_fan_out=any(isinstance(module, Conv1D) for module in base.modules()))
-        with warnings.catch_warnings():
-            # PEFT 0.21 reads a property that transformers 5.23 deprecates; no user of ours can do anything about it.
-            warnings.filterwarnings("ignore", message="`is_gradient_checkpointing` is deprecated", category=FutureWarning)
-            if peft_model is None:
-                peft_model = get_peft_model(base, config, adapter_name=expert.name)
-            else:
-                peft_model.add_adapter(expert.name, config)
-        _set_weights(peft_model, expert)
-    return peft_model
 
 
 def _base(
@@ -163,34 +146,3 @@ def _as_config(fields: Mapping[str, Any], path: str | Path) -> PretrainedConfig:
     if model_type is None:
         raise InvalidField(path, "model_type", found=repr(marked[0]), expected="a model type that transformers knows")
     return AutoConfig.for_model(model_type, **{name: value for name, value in values.items() if name != "model_type"})
-
-
-def _lora_config(expert: Expert, *, fan_in_fan_out: bool) -> LoraConfig:
-    first = next(iter(expert.modules.values()))
-    return LoraConfig(
-        task_type="CAUSAL_LM",
-        r=first.rank,
-        lora_alpha=first.alpha,
-        target_modules=list(expert.modules),
-        rank_pattern={_exactly(name): pair.rank for name, pair in expert.modules.items()},
-        alpha_pattern={_exactly(name): pair.alpha for name, pair in expert.modules.items()},
-        use_rslora=first.use_rslora,
-        fan_in_fan_out=fan_in_fan_out,
-        init_lora_weights=False,
-    )
-
-
-def _exactly(module: str) -> str:
-    return "^" + module.replace(".", r"\.")
-
-
-def _set_weights(peft_model: PeftModel, expert: Expert) -> None:
-    base = peft_model.get_base_model()
-    for module, pair in expert.modules.items():
-        layer = base.get_submodule(module)
-        layer.scaling[expert.name] = pair.scaling
-        for part, tensor in ((layer.lora_A, pair.lora_A), (layer.lora_B, pair.lora_B)):
-            parameter = part[expert.name].weight
-            if parameter.shape != tensor.shape:
-                raise ShapeMismatch(module, expert.name, found=tuple(tensor.shape), expected=tuple(parameter.shape))
-            parameter.data = tensor.to(device=parameter.device, dtype=parameter.dtype).clone()

@@ -15,7 +15,8 @@ from dylo_moe.config import MoELoraConfig
 from dylo_moe.errors import RoutingError
 from dylo_moe.expert import ExpertManager, expert_order
 from dylo_moe.formats import Checkpoint, write_native
-from dylo_moe.routable import restore_layers, routable_layers, route_layers, routed_units
+from dylo_moe.replaced import check_versions, has_biases, saved_modules
+from dylo_moe.routable import notes_on, restore_layers, routable_layers, route_layers, routed_units
 from dylo_moe.routed import Mixture, RoutedLinear
 from dylo_moe.router import load_balancing_loss
 from dylo_moe.routing import Routing
@@ -35,7 +36,10 @@ class DyLoRA_MoE(nn.Module):
         config: how to route; None takes the router's own values and the features "base".
 
     Raises:
-        RoutingError: adapters that are not a plain LoRA on Linear or Conv1D, or numbers of experts that disagree.
+        RoutingError: adapters that are not a LoRA or DoRA on Linear or Conv1D, or numbers of experts that disagree.
+
+    Attributes:
+        notes: what to know about experts that are not sums of deltas, one line each.
     """
 
     def __init__(self, peft_model: PeftModel, router: nn.Module | None, config: MoELoraConfig | None = None) -> None:
@@ -51,6 +55,9 @@ class DyLoRA_MoE(nn.Module):
         _check_counts(router, self.moe_config, names)
         _check_router_values(router, self.moe_config)
         _check_no_biases(peft_model)
+        versions = saved_modules(peft_model.get_base_model())
+        check_versions(versions, mixture, self.moe_config.router_features)
+        self.notes = notes_on(layers, versions)
         units = routed_units(peft_model.get_base_model(), layers, mixture, self.moe_config.routing_level)
         _check_router_width(router, self.moe_config.router_features, peft_model.get_base_model(), units)
         self._units = tuple(units)
@@ -229,8 +236,7 @@ class DyLoRA_MoE(nn.Module):
         return load_balancing_loss(weights, self.moe_config.load_balance_loss_type, mask)
 
     def _as_checkpoint(self, path: Path) -> Checkpoint:
-        layers = self.routed_layers()
-        experts = tuple(stored_expert(name, layers) for name in self.expert_names)
+        experts = tuple(stored_expert(name, self.causal_lm) for name in self.expert_names)
         config, shared = self.moe_config, self.mixture.shared
         return Checkpoint(
             path=path,
@@ -238,7 +244,7 @@ class DyLoRA_MoE(nn.Module):
             base_model=self.causal_lm.config.name_or_path or None,
             experts=experts,
             router=stored_router(self.router, self._units, self.features, config.routing_level),
-            shared=None if shared is None else stored_expert(shared, layers),
+            shared=None if shared is None else stored_expert(shared, self.causal_lm),
             load_balance={
                 "load_balance_loss_type": config.load_balance_loss_type,
                 "router_aux_loss_coef": config.router_aux_loss_coef,
@@ -261,6 +267,8 @@ def detach_router(model: DyLoRA_MoE) -> PeftModel:
     """
     if not isinstance(model, DyLoRA_MoE):
         raise RoutingError(f"detach_router takes the model that attach_router returned, not a {type(model).__name__}")
+    if has_biases(model.causal_lm):
+        raise RoutingError("experts have biases of their own, for which a PeftModel has no place; save_pretrained keeps them")
     model.routing.remove()
     restore_layers(model.causal_lm)
     for name, parameter in model.peft_model.named_parameters():
@@ -306,7 +314,8 @@ def _check_router_values(router: nn.Module | None, config: MoELoraConfig) -> Non
 def _check_no_biases(peft_model: PeftModel) -> None:
     for name, config in peft_model.peft_config.items():
         if getattr(config, "bias", "none") != "none":
-            raise RoutingError(f"adapter {name} was trained with bias={config.bias!r}, which cannot be mixed")
+            what = f"adapter {name} was trained with bias={config.bias!r}: PEFT has overwritten the base model's own biases"
+            raise RoutingError(f"{what}; load_checkpoint reads its directory beside an intact base")
 
 
 def _check_router_width(router: nn.Module | None, features: str, causal_lm: PreTrainedModel, units: dict[str, int]) -> None:

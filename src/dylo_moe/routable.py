@@ -6,13 +6,22 @@ from collections.abc import Iterable
 
 from peft.tuners.lora import Linear as LoraLinear
 from peft.tuners.tuners_utils import BaseTunerLayer
-from peft.utils.other import AuxiliaryTrainingWrapper
+from peft.utils.other import AuxiliaryTrainingWrapper, ModulesToSaveWrapper
 from torch import nn
 from transformers import PreTrainedModel
 
 from dylo_moe.errors import RoutingError
 from dylo_moe.feed_forward import RoutedFeedForward
+from dylo_moe.replaced import RoutedModule, saved_modules
 from dylo_moe.routed import Mixture, RoutedLinear
+
+# PEFT's LoRA layers on quantised Linears; named, since importing them needs the packages that quantise.
+_ON_QUANTISED = (
+    *("Linear4bit", "Linear8bitLt", "TorchaoLoraLinear", "HqqLoraLinear"),
+    *("GPTQLoraLinear", "AwqLoraLinear", "EetqLoraLinear", "AqlmLoraLinear"),
+)
+# PEFT's variants that look at one position at a time and leave the base as it is. MiCA differs in its training only.
+ONE_BY_ONE = ("DoraLinearVariant", "MiCALinearVariant")
 
 
 def routable_layers(causal_lm: PreTrainedModel) -> dict[str, LoraLinear]:
@@ -23,20 +32,38 @@ def routable_layers(causal_lm: PreTrainedModel) -> dict[str, LoraLinear]:
     """
     layers = {}
     for name, module in causal_lm.named_modules():
-        if isinstance(module, RoutedLinear):
+        if isinstance(module, (RoutedLinear, RoutedModule)):
             raise RoutingError(f"{name} is routed already; call detach_router first")
-        if isinstance(module, AuxiliaryTrainingWrapper):
+        if isinstance(module, AuxiliaryTrainingWrapper) and type(module) is not ModulesToSaveWrapper:
             raise RoutingError(f"{name} was trained beside the LoRA ({type(module).__name__}), which cannot be mixed")
         if not isinstance(module, BaseTunerLayer):
             continue
-        if type(module) is not LoraLinear or module.lora_variant or any(module.lora_bias.values()):
-            variant = ", ".join(sorted(type(v).__name__ for v in getattr(module, "lora_variant", {}).values()))
-            kind = f"{type(module).__module__}.{type(module).__name__} {variant}".strip()
-            raise RoutingError(f"{name} is a {kind}, but should be a plain LoRA on a Linear or Conv1D")
+        variants = {type(variant).__name__ for variant in getattr(module, "lora_variant", {}).values()}
+        if not _is_lora_of_linear(module) or not variants <= set(ONE_BY_ONE):
+            kind = f"{type(module).__module__}.{type(module).__name__} {', '.join(sorted(variants))}".strip()
+            raise RoutingError(f"{name} is a {kind}, but should be a LoRA or DoRA on a Linear or Conv1D, quantised or not")
         layers[name] = module
     if not layers:
         raise RoutingError("the model has no LoRA layer to route")
     return layers
+
+
+def _is_lora_of_linear(module: nn.Module) -> bool:
+    kind = type(module)
+    return kind is LoraLinear or (kind.__module__.startswith("peft.tuners.lora.") and kind.__name__ in _ON_QUANTISED)
+
+
+def notes_on(layers: dict[str, LoraLinear], versions: Iterable[str]) -> tuple[str, ...]:
+    """What a user should know about how these layers and the modules that experts have in their own versions are mixed."""
+    names = sorted({name for layer in layers.values() for name in layer.lora_variant})
+    notes = []
+    if names:
+        how = "they are not sums of deltas and run one by one, as x -> f_e(x) - f(x) weighted in each layer"
+        notes.append(f"{', '.join(names)[:200]}: DoRA experts; {how}")
+    if versions:
+        how = "each version runs, and their outputs are weighted"
+        notes.append(f"{', '.join(versions)[:200]}: experts have their own versions of these modules; {how}")
+    return tuple(notes)
 
 
 def routed_units(
@@ -61,13 +88,15 @@ def route_layers(causal_lm: PreTrainedModel, layers: dict[str, LoraLinear], mixt
     mixture.num_layers = len(places)
     for name, layer in layers.items():
         _replace(causal_lm, name, RoutedLinear(layer, mixture, places.get(name), is_readout=layer is readout))
+    for name, wrapper in saved_modules(causal_lm).items():
+        _replace(causal_lm, name, RoutedModule(wrapper, mixture, is_readout=wrapper is readout))
     for name in places.keys() - layers.keys():
         _replace(causal_lm, name, RoutedFeedForward(causal_lm.get_submodule(name), mixture, places[name]))
 
 
 def restore_layers(causal_lm: PreTrainedModel) -> None:
     """Puts the layers that `route_layers` took away back in their place."""
-    for name, layer in [(n, m) for n, m in causal_lm.named_modules() if isinstance(m, RoutedLinear)]:
+    for name, layer in [(n, m) for n, m in causal_lm.named_modules() if isinstance(m, (RoutedLinear, RoutedModule))]:
         original = layer.source[0]
         # Flags that PEFT's methods have set on the routed layer since: training, active adapter, adapters disabled.
         original.__dict__.update({key: layer.__dict__[key] for key in original.__dict__ if key in layer.__dict__})

@@ -1,5 +1,7 @@
 """The routed layer: y = W x + b + sum_e w_e s_e B_e A_e x, all experts in two matrix products.
 
+Experts that are not such a sum (DoRA) run one by one through PEFT's own code: y += w_e (f_e(x) - f(x)).
+
 Shapes: B batch, S sequence, E experts, L routed layers, R sum of the experts' ranks in one layer.
 """
 
@@ -19,6 +21,9 @@ from dylo_moe.errors import RoutingError, UnknownExpert
 # None: adapters off. int: that expert alone. Tensor: (B|1, S|1, E) or (B, S, L, E). nn.Module: routes each layer's own input;
 # a ModuleList has one gate per layer, any other module is shared by all of them.
 Route = None | int | Tensor | nn.Module
+
+# PEFT's layers that round an adapter's output to the base's dtype before they add it.
+_ROUNDS_DELTA = ("Linear4bit", "Linear8bitLt", "AwqLoraLinear", "EetqLoraLinear")
 
 
 class Mixture:
@@ -68,6 +73,24 @@ class Mixture:
         finally:
             self.leave()
 
+    def weights_at(self, route: Tensor | nn.Module, length: int, *, is_readout: bool) -> Tensor:
+        """The weights of a module that is no routed layer of its own, (B|1, length|1, E).
+
+        is_readout: with logits_to_keep, it sees the last positions, or the kept ones, only.
+
+        Raises:
+            RoutingError: each layer has its own weights, and this module is none of them.
+        """
+        if isinstance(route, nn.Module) or route.dim() == 4:
+            raise RoutingError("experts with modules or biases of their own need one routing for all layers, not one per layer")
+        return self.kept(route, length) if is_readout else route
+
+    def kept(self, weights: Tensor, length: int) -> Tensor:
+        """The weights (B, S, E) at the `length` positions that the readout sees."""
+        if isinstance(self.kept_positions, Tensor) and weights.shape[1] > 1:
+            return weights[:, self.kept_positions]
+        return weights[:, -length:] if length < weights.shape[1] else weights
+
     def check_expert(self, expert_id: int) -> int:
         """Any integer type, NumPy's too, as an int. Raises UnknownExpert unless 0 <= expert_id < num_experts."""
         if isinstance(expert_id, bool) or not isinstance(expert_id, Integral) or not 0 <= expert_id < self.num_experts:
@@ -91,6 +114,7 @@ class RoutedLinear(LoraLinear):
         self.mixture = mixture
         self.index = index
         self.is_readout = is_readout
+        self.rounds_delta = type(layer).__name__ in _ROUNDS_DELTA
         self._layout: tuple[tuple, Tensor, Tensor] | None = None
 
     def forward(self, x: Tensor, *args: object, **kwargs: object) -> Tensor:
@@ -98,23 +122,26 @@ class RoutedLinear(LoraLinear):
         route = self.mixture.route
         if self.merged:
             raise RoutingError("an adapter is merged into the base weights; call unmerge_adapter() before routing")
-        result = self.base_layer(x, *args, **kwargs)
+        base = result = self.base_layer(x, *args, **kwargs)
         if route is None or self.disable_adapters:
             return result
+        if self.lora_variant and hasattr(self.get_base_layer(), "expert_bias"):
+            with self.mixture.using(None):  # a variant's delta is counted from the base without an expert's bias
+                base = self.base_layer(x, *args, **kwargs)
         if self.mixture.shared is not None:
-            result = self._add_expert(result, x, self.mixture.shared)
+            result = self._add_expert(result, x, self.mixture.shared, base)
         if isinstance(route, int):
-            return self._add_expert(result, x, self.mixture.expert_names[route])
+            return self._add_expert(result, x, self.mixture.expert_names[route], base)
         if not self.experts_here:
             return result
-        return self._add_mixture(result, x, self._weights_here(route, x))
+        return self._add_mixture(result, x, self._weights_here(route, x), base)
 
     def mix(self, x: Tensor, weights: Tensor) -> Tensor:
         """The layer alone. x: (B, S, in); weights: (B, S, E), or (B, 1, E) for the whole sequence -> (B, S, out)."""
-        result = self.base_layer(x)
+        base = result = self.base_layer(x)
         if self.mixture.shared is not None:
-            result = self._add_expert(result, x, self.mixture.shared)
-        return self._add_mixture(result, x, weights)
+            result = self._add_expert(result, x, self.mixture.shared, base)
+        return self._add_mixture(result, x, weights, base)
 
     def merge(self, safe_merge: bool = False, adapter_names: list[str] | None = None) -> None:
         raise RoutingError("a routed layer cannot be merged into the base; call detach_router first")
@@ -133,37 +160,60 @@ class RoutedLinear(LoraLinear):
             weights = self.mixture.layer_weights[self.index] = gate(x)
             return weights
         weights = route[:, :, self.index] if route.dim() == 4 else route
-        kept = self.mixture.kept_positions
-        if self.is_readout and isinstance(kept, Tensor) and weights.shape[1] > 1:
-            weights = weights[:, kept]
-        elif self.is_readout and x.shape[1] < weights.shape[1]:
-            weights = weights[:, -x.shape[1] :]  # logits_to_keep: the head sees the last positions only
-        return weights
+        return self.mixture.kept(weights, x.shape[1]) if self.is_readout else weights
 
-    def _add_expert(self, result: Tensor, x: Tensor, name: str) -> Tensor:
+    def _add_expert(self, result: Tensor, x: Tensor, name: str, base: Tensor) -> Tensor:
         # The same operations in the same order as stock PEFT with this adapter active: bitwise equal to it.
         if name not in self.lora_A:
             return result
         x = self._cast_input_dtype(x, self.lora_A[name].weight.dtype)
+        if name in self.lora_variant:
+            output = self.lora_variant[name].forward(self, active_adapter=name, x=x, result=base)
+            return (output if result is base else result + (output - base)).to(result.dtype)
         delta = self.lora_B[name](self.lora_A[name](self.lora_dropout[name](x))) * self.scaling[name]
-        return (result + delta).to(result.dtype)
+        return (result + (delta.to(result.dtype) if self.rounds_delta else delta)).to(result.dtype)
 
-    def _add_mixture(self, result: Tensor, x: Tensor, weights: Tensor) -> Tensor:
+    def _add_mixture(self, result: Tensor, x: Tensor, weights: Tensor, base: Tensor) -> Tensor:
         experts = self.experts_here
         if not experts:
             return result
         self._check_shapes(x, weights)
-        dtype = self.lora_A[experts[0][1]].weight.dtype
         # Weights times scalings in at least float32: they multiply the small (B, S, R) tensor, so precision is cheap here.
         weights = weights.to(x.device, torch.promote_types(weights.dtype, torch.float32))
+        x = self._cast_input_dtype(x, self.lora_A[experts[0][1]].weight.dtype)
+        sums = [(e, name) for e, name in experts if name not in self.lora_variant]
+        if sums:
+            result = self._add_sums(result, x, weights, sums)
+        for e, name in experts:
+            if name in self.lora_variant:
+                output = self.lora_variant[name].forward(self, active_adapter=name, x=x, result=base)
+                result = (result + weights[..., e : e + 1] * (output - base)).to(result.dtype)
+        return result
+
+    def _add_sums(self, result: Tensor, x: Tensor, weights: Tensor, experts: list[tuple[int, str]]) -> Tensor:
+        """Adds the experts that are sums of deltas, all of them in two matrix products."""
         columns, scales = self._stacked_rows(experts, weights)
-        hidden = self._shrink(self._cast_input_dtype(x, dtype), [name for _, name in experts])  # (B, S, R)
+        dtype = self.lora_A[experts[0][1]].weight.dtype
+        hidden = self._shrink(x, [name for _, name in experts])  # (B, S, R)
         hidden = (hidden * (weights.index_select(-1, columns) * scales)).to(dtype)
         expand = torch.cat([self.lora_B[name].weight for _, name in experts], dim=1)  # (out, R)
+        if any(self.lora_bias[name] for _, name in experts):
+            result = self._add_lora_biases(result, weights, experts)
         if result.dtype == dtype:
             flat = torch.addmm(result.flatten(0, -2), hidden.flatten(0, -2), expand.t())
             return flat.view(result.shape)
         return (result + F.linear(hidden, expand)).to(result.dtype)
+
+    def _add_lora_biases(self, result: Tensor, weights: Tensor, experts: list[tuple[int, str]]) -> Tensor:
+        experts = [(e, name) for e, name in experts if self.lora_bias[name]]
+        biases = torch.stack([self.lora_B[name].bias * self.scaling[name] for _, name in experts])  # (experts, out)
+        return (result + weights[..., [e for e, _ in experts]].to(biases.dtype) @ biases).to(result.dtype)
+
+    def expert_parameters(self, name: str) -> Iterator[nn.Parameter]:
+        """The parameters of the adapter `name` on this layer."""
+        for part in (self.lora_A, self.lora_B, self.lora_magnitude_vector):
+            if name in part:
+                yield from part[name].parameters()
 
     def _shrink(self, x: Tensor, names: list[str]) -> Tensor:
         dropouts = [self.lora_dropout[name] for name in names]

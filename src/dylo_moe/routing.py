@@ -165,7 +165,8 @@ class Routing:
     def _embeddings(self, kwargs: dict[str, Any]) -> Tensor:
         if kwargs.get("inputs_embeds") is not None:
             return kwargs["inputs_embeds"]
-        return self.causal_lm.get_input_embeddings()(kwargs["input_ids"])
+        with self.mixture.using(None):  # experts may have embeddings of their own; the router sees the base's
+            return self.causal_lm.get_input_embeddings()(kwargs["input_ids"])
 
     @torch.no_grad()
     def _decoder_features(self, kwargs: dict[str, Any]) -> Tensor:

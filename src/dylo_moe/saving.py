@@ -2,31 +2,47 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 
-from torch import nn
+from torch import Tensor, nn
 
 from dylo_moe.errors import RoutingError
 from dylo_moe.formats import Expert, GatesState, LoraPair, Router, RouterState
 from dylo_moe.gates import LayerGate
+from dylo_moe.replaced import ExpertBias, RoutedModule
 from dylo_moe.routed import RoutedLinear
 from dylo_moe.router import DynamicHybridRouter
 
 
-def stored_expert(name: str, layers: Mapping[str, RoutedLinear]) -> Expert:
-    """One adapter of the routed layers, by their paths in the base model."""
-    modules = {}
-    for module, layer in layers.items():
-        if name in layer.lora_A:
-            lora_A = layer.lora_A[name].weight.detach().cpu()
-            root = lora_A.shape[0] ** 0.5 if layer.use_rslora[name] else lora_A.shape[0]
-            modules[module] = LoraPair(
-                lora_A=lora_A,
-                lora_B=layer.lora_B[name].weight.detach().cpu(),
-                alpha=_exact_alpha(layer.scaling[name], root, layer.lora_alpha[name]),
-                use_rslora=bool(layer.use_rslora[name]),
-            )
-    return Expert(name=name, modules=modules)
+def stored_expert(name: str, causal_lm: nn.Module) -> Expert:
+    """One adapter of a routed model, with what it has in versions of its own, by paths in the base model."""
+    pairs: dict[str, LoraPair] = {}
+    replaced: dict[str, dict[str, Tensor]] = {}
+    biases: dict[str, Tensor] = {}
+    for path, module in causal_lm.named_modules():
+        if isinstance(module, RoutedLinear) and name in module.lora_A:
+            pairs[path] = _stored_pair(name, module)
+        elif isinstance(module, RoutedModule) and name in module.modules_to_save:
+            own = module.modules_to_save[name].state_dict()
+            replaced[path] = {key: tensor.detach().cpu() for key, tensor in own.items()}
+        elif isinstance(module, ExpertBias) and name in module.versions:
+            owner = path.rpartition(".")[0].removesuffix(".base_layer")
+            biases[owner] = module.versions[name].detach().cpu()
+    return Expert(name=name, modules=pairs, replaced=replaced, biases=biases)
+
+
+def _stored_pair(name: str, layer: RoutedLinear) -> LoraPair:
+    lora_A, lora_B = layer.lora_A[name].weight.detach().cpu(), layer.lora_B[name]
+    root = lora_A.shape[0] ** 0.5 if layer.use_rslora[name] else lora_A.shape[0]
+    magnitude = layer.lora_magnitude_vector[name].weight if name in layer.lora_magnitude_vector else None
+    return LoraPair(
+        lora_A=lora_A,
+        lora_B=lora_B.weight.detach().cpu(),
+        alpha=_exact_alpha(layer.scaling[name], root, layer.lora_alpha[name]),
+        use_rslora=bool(layer.use_rslora[name]),
+        magnitude=None if magnitude is None else magnitude.detach().cpu(),
+        bias=None if lora_B.bias is None else lora_B.bias.detach().cpu(),
+    )
 
 
 def _exact_alpha(scaling: float, root: float, configured: float) -> float:

@@ -186,7 +186,7 @@ def _check_targets(pairs: Pairs, config: AdapterConfig) -> None:
             raise InvalidField(config.file, "target_modules", found=found, expected="the modules that have tensors")
     if isinstance(config.targets, tuple):
         for name in config.targets:
-            if not any(ends_with(module, name) for module in pairs):
+            if not any(ends_with(module, name) for module in pairs) and not config.excludes(name):
                 found = f"{name!r}, for which there is no tensor"
                 raise InvalidField(config.file, "target_modules", found=found, expected="the modules that have tensors")
 

@@ -78,7 +78,7 @@ class AdapterConfig:
 
     def covers(self, module: str) -> bool:
         """Whether PEFT would put an adapter on this module: peft.tuners.tuners_utils.check_target_module_exists."""
-        if self._names(self.excluded, module, "exclude_modules") or self.saves(module):
+        if self.excludes(module):
             return False
         if self.targets is None or self.targets == "all-linear":
             return True
@@ -87,9 +87,10 @@ class AdapterConfig:
         is_named_whole = not isinstance(self.targets, str) and module in self.targets
         return self.layers is None or is_named_whole or self._layer_of(module) in self.layers
 
-    def saves(self, module: str) -> bool:
-        """Whether modules_to_save names this module or one around it; PEFT then puts no adapter on it."""
-        return any(name == module or f".{name}." in f".{module}." for name in self.saved)
+    def excludes(self, module: str) -> bool:
+        """Whether exclude_modules names this module, or modules_to_save this one or one around it."""
+        is_saved = any(f".{name}." in f".{module}." for name in self.saved)
+        return is_saved or self._names(self.excluded, module, "exclude_modules")
 
     def _names(self, what: tuple[str, ...] | str | None, module: str, field: str) -> bool:
         if isinstance(what, str):

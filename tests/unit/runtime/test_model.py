@@ -343,13 +343,14 @@ def test_routing_twice_is_refused(specimens):
         attach_router(model.peft_model, model.router)
 
 
-def test_dora_is_refused_by_name(specimens):
+def test_variant_that_needs_the_whole_sequence_is_refused_by_name(specimens):
     from peft import LoraConfig, get_peft_model
     from transformers import AutoModelForCausalLM
 
     base = AutoModelForCausalLM.from_pretrained(specimens("llama").parent / "llama")
-    peft_model = get_peft_model(base, LoraConfig(r=2, target_modules=["q_proj"], use_dora=True))
-    with pytest.raises(RoutingError, match="Dora"):
+    config = LoraConfig(r=2, target_modules=["q_proj"], alora_invocation_tokens=[1], task_type="CAUSAL_LM")
+    peft_model = get_peft_model(base, config)
+    with pytest.raises(RoutingError, match="ALora"):
         attach_router(peft_model, DynamicHybridRouter(base.config.hidden_size, 1))
 
 
