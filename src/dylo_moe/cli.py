@@ -18,6 +18,7 @@ from dylo_moe.errors import DyloMoeError
 DATASETS = ("humaneval", "mbpp")
 USER_MISTAKE = 2
 INTERRUPTED = 130
+ASSUME = "what the checkpoint's files do not record: an option of read_checkpoint, as top_k=2 or rng_seed=42; repeatable"
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -25,6 +26,10 @@ def main(argv: Sequence[str] | None = None) -> int:
     arguments = build_parser().parse_args([_hyphens(word) for word in (sys.argv[1:] if argv is None else argv)])
     options = {name: value for name, value in vars(arguments).items() if value is not None and name != "command"}
     try:
+        if "assume" in options:
+            from dylo_moe.formats.options import parse_stated
+
+            options["assume"] = parse_stated(options["assume"])
         return {"codegen": _codegen, "evaluate": _evaluate}[arguments.command](options)
     except (DyloMoeError, OSError) as error:
         print(f"dylo-moe: {' '.join(str(error).split())}", file=sys.stderr)
@@ -61,6 +66,7 @@ def _add_generation(parser: argparse.ArgumentParser, *, model_required: bool) ->
     for name in ("greedy", "resume", "force-base-prompt", "jsonl-fmt", "trust-remote-code"):
         _add_flag(group, name)
     group.add_argument("--device-map")
+    group.add_argument("--assume", action="append", metavar="NAME=VALUE", help=ASSUME)
 
 
 def _add_scoring(parser: argparse.ArgumentParser) -> None:

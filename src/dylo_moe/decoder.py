@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -47,6 +47,7 @@ class PeftMoEDecoder(DecoderBase):
         instruction_prefix, response_prefix: EvalPlus's sentences around the task in chat prompts.
         seed: sample k of a prompt depends on the seed, the prompt and k, and on nothing else.
         model: an already loaded model of this checkpoint, used instead of loading one.
+        assume: what the checkpoint's files do not record, as options of `read_checkpoint`: {"lora_alpha": 32, "top_k": 2}.
 
     Raises:
         OptionError, UnknownStrategy, ArtifactError, CheckpointError: one line each.
@@ -72,6 +73,7 @@ class PeftMoEDecoder(DecoderBase):
         response_prefix: str | None = None,
         seed: int = 0,
         model: nn.Module | None = None,
+        assume: Mapping[str, Any] | None = None,
     ) -> None:
         _check_options(dataset, dtype, temperature=temperature, counts=(batch_size, max_new_tokens))
         super().__init__(
@@ -93,6 +95,7 @@ class PeftMoEDecoder(DecoderBase):
         if model is None:
             path = Path(adapter_or_artifact(adapter_path, wandb_artifact) or name)
             options = {"attn_implementation": attn_implementation, "trust_remote_code": trust_remote_code}
+            options |= assume or {}
             self.model = _load(path, base_model, dtype, device_map, options)
         checkpoint = self.model.checkpoint
         self.model_format = checkpoint.format

@@ -9,6 +9,7 @@ import inspect
 import json
 import math
 import sys
+from collections.abc import Mapping
 from functools import cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -51,6 +52,7 @@ def make_model(  # noqa: PLR0913  (EvalPlus's signature, and ours after it)
     max_new_tokens: int = 768,
     seed: int = 0,
     device_map: Any = None,
+    assume: Mapping[str, Any] | None = None,
 ) -> DecoderBase:
     """EvalPlus's `make_model`; with backend="peft_moe" a PeftMoEDecoder, which see for the options after the star.
 
@@ -76,6 +78,7 @@ def make_model(  # noqa: PLR0913  (EvalPlus's signature, and ours after it)
         "max_new_tokens": max_new_tokens,
         "seed": seed,
         "device_map": device_map,
+        "assume": assume,
     }
     if backend != BACKEND:
         from evalplus.provider import make_model as stock
@@ -115,6 +118,7 @@ def run_codegen(  # noqa: PLR0913  (EvalPlus's signature, and ours after it)
     max_new_tokens: int = 768,
     seed: int = 0,
     device_map: Any = None,
+    assume: Mapping[str, Any] | None = None,
 ) -> str:
     """EvalPlus's `run_codegen`; with backend="peft_moe" samples go through a journal (see samples.py).
 

@@ -43,7 +43,7 @@ def generate_samples(generation: Generation, directory: Path) -> Path:
     Raises:
         CheckpointError, OptionError, UnknownStrategy, PromptError, SampleFileError: one line each.
     """
-    checkpoint = read_checkpoint(generation.checkpoint)
+    checkpoint = read_checkpoint(generation.checkpoint, **(generation.decoder["assume"] or {}))
     base = _base(checkpoint, generation.decoder["base_model"])
     decoder = None
     if base is not None and local_directory(base) is None:  # not fetched yet, so it cannot be hashed yet

@@ -2,9 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from dataclasses import dataclass
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, fields
 from pathlib import Path
+from typing import Any
+
+from dylo_moe.errors import OptionError
 
 # Directories of experts outside of the checkpoint: by the expert's name, or one directory that holds them all.
 Adapters = Mapping[str, str | Path] | str | Path | None
@@ -27,3 +31,32 @@ class ReadOptions:
     rng_seed: int | None = None
     genknowsub: str | None = None
     adapters: Adapters = None
+
+
+def parse_stated(words: Sequence[str]) -> dict[str, Any]:
+    """The words NAME=VALUE of a command line as options of `read_checkpoint`.
+
+    A value that is JSON is read as such (2, 0.7, [2, 2, 1], {"code": "DIR"}), any other is text; a list becomes a tuple.
+
+    Raises:
+        OptionError: no such option, no value, or an option twice.
+    """
+    known = [field.name for field in fields(ReadOptions)]
+    stated: dict[str, Any] = {}
+    for word in words:
+        name, equals, text = word.partition("=")
+        name = name.replace("-", "_")
+        if name not in known or not equals or not text:
+            raise OptionError(f"assume {word!r}, but should be NAME=VALUE with one of {', '.join(known)}")
+        if name in stated:
+            raise OptionError(f"assume {name} was given twice, but should be given once")
+        stated[name] = _value(text)
+    return stated
+
+
+def _value(text: str) -> Any:
+    try:
+        value = json.loads(text)
+    except (ValueError, RecursionError):
+        return text
+    return tuple(value) if isinstance(value, list) else value
