@@ -10,6 +10,7 @@ PEFT 0.20 and later save a classifier without the tensors whose keys contain an 
 from __future__ import annotations
 
 from collections.abc import Mapping
+from dataclasses import replace
 from pathlib import Path
 
 from dylo_moe.errors import GateMissing, InvalidField
@@ -44,11 +45,14 @@ def read_peft_xlora(files: CheckpointFiles, options: ReadOptions) -> Checkpoint:
     data = files.read_json(path)
     places = _places(data.get("adapters"), path)
     config = read_fields(data, path, len(places), options)
+    if config.use_trainable_adapters:  # what lies at the recorded paths is what they were before the training
+        places = [replace(place, recorded=None) for place in places]
+        _warn_of_training(files, options)
+    if config.enable_softmax_topk and data.get("peft_version") is None:
+        files.warn("enable_softmax_topk is computed for each token; early PEFT versions took one softmax over the whole batch")
     names = [f"{PREFIX}.{number}" for number in classifier_numbers(config.depth, config.dropout)]
     classifier = _whole_classifier(files, names, places, config)
     read = read_experts(files, places, options.adapters)
-    if config.use_trainable_adapters:
-        _warn_of_training(files, options)
     experts = tuple(expert for expert, _ in read)
     recorded = optional_text(data.get("base_model_name_or_path"), path, "base_model_name_or_path")
     return Checkpoint(

@@ -4,7 +4,7 @@ PEFT names the experts "0", "1", ... and, when it saves the subdirectory of expe
 
     up to 0.19   the expert's own tensors are all there, under keys that lost ".i" (0.15 to 0.18), beside tensors of layer i,
                  of the other experts and of the classifier: its own are read, the others are not
-    from 0.20    only tensors of layer i are there, and embeddings and head: the expert is lost
+    from 0.20    its tensors in layers that are numbered like another expert are not there, base weights are: it is lost
 """
 
 from __future__ import annotations
@@ -68,8 +68,18 @@ def read_experts(files: CheckpointFiles, places: list[Place], given: Adapters) -
             files.also_open(directory)
             read.append(read_adapter(files, directory, place.name))
         else:
-            read.append(_read_inside(files, _inside(files, place), place))
+            directory = _inside(files, place)
+            read.append(_read_inside(files, directory, place))
+        check_plain(read[-1][0], directory)
     return read
+
+
+def check_plain(expert: Expert, where: Path) -> None:
+    """Raises InvalidField for DoRA, and for biases and modules of an expert's own: X-LoRA weighs none of them."""
+    special = any(pair.magnitude is not None or pair.bias is not None for pair in expert.modules.values())
+    if special or expert.replaced or expert.biases:
+        found = "DoRA, biases or whole modules of its own"
+        raise InvalidField(where, expert.name, found=found, expected="a plain LoRA, all that X-LoRA mixes")
 
 
 def _named(files: CheckpointFiles, places: list[Place], given: Adapters) -> dict[str, Path]:
@@ -113,7 +123,7 @@ def _inside(files: CheckpointFiles, place: Place) -> Path:
             raise InvalidField(files.root, f"adapters[{place.key}]", found=both, expected=f"one of them, or {_GIVE}")
         if found:
             return found[0]
-    where = f"recorded at {place.recorded}, which is not opened unbidden" if place.recorded else "recorded by name alone"
+    where = f"recorded at {place.recorded}, which is not opened unbidden" if place.recorded else "it may lie elsewhere"
     found = f"no {' or '.join(_names(place))} in the checkpoint; {where}"
     raise ExpertMissing(files.root, f"adapters[{place.key}]", found=found, expected=_GIVE)
 
@@ -146,7 +156,7 @@ def _own_pairs(header: Mapping[str, TensorInfo], place: Place, file: Path) -> Pa
     outside = [key for key in header if CLASSIFIER_MARK not in key and not _is_in_a_layer(key)]
     if outside:
         where = f", recorded at {place.recorded}" if place.recorded else ""
-        found = "base weights, and of the expert one layer only: PEFT 0.20 and later save it so"
+        found = "base weights, and of the expert not all layers: PEFT 0.20 and later save it so"
         expected = f"the expert alone; give the one that was trained{where}: {_GIVE}"
         raise ForeignTensor(file, outside[0], found=found, expected=expected)
     pairs: Pairs = {}
