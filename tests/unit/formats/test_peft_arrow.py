@@ -91,9 +91,11 @@ def test_prototypes_are_pefts_bitwise(base, tmp_path, ids):
         assert torch.equal(gates[name].weight, layer.lora_arrow["arrow_router"].prototypes)
 
 
-@pytest.mark.parametrize("num_general", [1, 3])
-def test_general_adapters_are_subtracted_once_whether_saved_before_or_after_a_forward_pass(base, tmp_path, ids, num_general):
-    path = write_arrow_checkpoint(tmp_path / "a", base, use_gks=True, num_general=num_general)
+@pytest.mark.parametrize(("num_general", "dtype"), [(1, "float32"), (3, "float16")])
+def test_general_adapters_are_subtracted_once_whether_saved_before_or_after_a_forward_pass(
+    base, tmp_path, ids, num_general, dtype
+):
+    path = write_arrow_checkpoint(tmp_path / "a", base, use_gks=True, num_general=num_general, dtype=dtype)
     peft = stock(path, base)
     peft.save_pretrained(tmp_path / "before")
     peft(ids)
