@@ -10,88 +10,129 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 
-import numpy as np
 import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 from transformers.modeling_outputs import MoeCausalLMOutputWithPast
 
-from harness.artifact import Adapter, Artifact, Gate, load_base
+from harness.artifact import Adapter, Artifact, load_base
+from harness.loop_routers import linear, make_router, routers_of
+from harness.routers import in_order
 
-
-class LoopRouter(nn.Module):
-    """DynamicHybridRouter: dense softmax(logits / T) in training, softmax over the top-k logits in evaluation."""
-
-    def __init__(self, gate: Gate, dtype: torch.dtype) -> None:
-        super().__init__()
-        experts, hidden = gate.weight.shape
-        self.gate = nn.Linear(hidden, experts, bias=gate.bias is not None, dtype=dtype)
-        _fill(self.gate.weight, gate.weight)
-        if gate.bias is not None:
-            _fill(self.gate.bias, gate.bias)
-        self.top_k, self.temperature = gate.top_k, gate.temperature
-
-    def forward(self, hidden: Tensor) -> Tensor:
-        """(B, S, H) -> (B, S, E)"""
-        logits = self.gate(hidden)
-        if self.training:
-            return torch.softmax(logits / self.temperature, dim=-1)
-        values, experts = logits.topk(self.top_k, dim=-1)
-        return torch.zeros_like(logits).scatter(-1, experts, torch.softmax(values, dim=-1))
+# What a layer calls the adapter that is no expert.
+SHARED = "shared adapter"
 
 
 class LoopLinear(nn.Module):
-    """y = W x + b + sum_e w_e s_e B_e A_e x, one expert after the other, on any Linear-like base layer."""
+    """y = W x + b + sum_e w_e s_e B_e A_e x, one expert after the other, on any Linear-like base layer.
 
-    def __init__(self, base_layer: nn.Module, adapters: Mapping[str, Adapter], names: tuple[str, ...]) -> None:
+    shared: an adapter that is no expert, added with weight 1 unless the adapters are off.
+    """
+
+    def __init__(
+        self, base_layer: nn.Module, adapters: Mapping[str, Adapter], names: tuple[str, ...], shared: Adapter | None = None
+    ) -> None:
         super().__init__()
         self.base_layer, self.names = base_layer, names
         dtype = base_layer.weight.dtype
-        self.lora_A = nn.ModuleDict({name: _linear(a.lora_A, dtype) for name, a in adapters.items()})
-        self.lora_B = nn.ModuleDict({name: _linear(a.lora_B, dtype) for name, a in adapters.items()})
-        self.scaling = {name: a.scaling for name, a in adapters.items()}
-        self.weights: Tensor | None = None  # of the pass under way, (B, S, E); None: the base model
-        self.gates: tuple[nn.Module, ...] = ()  # the router, where it looks at this layer's own input
+        held = adapters if shared is None else {**adapters, SHARED: shared}
+        self.lora_A = nn.ModuleDict({name: linear(a.lora_A, dtype) for name, a in held.items()})
+        self.lora_B = nn.ModuleDict({name: linear(a.lora_B, dtype) for name, a in held.items()})
+        self.scaling = {name: a.scaling for name, a in held.items()}
+        self.is_off = False  # the base model
+        self.weights: Tensor | None = None  # of the pass under way, (B, S, E)
+        self.gates: tuple[nn.Module, ...] = ()  # what routes this layer's own input
 
     def forward(self, x: Tensor) -> Tensor:
         if self.gates:
             self.weights = self.gates[0](x)
-        return self.base_layer(x) if self.weights is None else self.mix(x, self.weights)
+        if self.is_off:
+            return self.base_layer(x)
+        return self.with_shared(x) if self.weights is None else self.mix(x, self.weights)
 
     def mix(self, x: Tensor, weights: Tensor) -> Tensor:
-        y = self.base_layer(x)
+        y = self.with_shared(x)
         for expert, name in enumerate(self.names):
             if name in self.lora_A:
                 y = y + weights[..., expert, None].to(x.dtype) * self.delta(name, x)
         return y
 
+    def with_shared(self, x: Tensor) -> Tensor:
+        y = self.base_layer(x)
+        return y + self.delta(SHARED, x) if SHARED in self.lora_A else y
+
     def delta(self, name: str, x: Tensor) -> Tensor:
         return self.scaling[name] * self.lora_B[name](self.lora_A[name](x))
 
 
+class LoopFeedForward(nn.Module):
+    """y = sum_e w_e FFN_e(x): the whole network once for each expert, with that expert's adapters alone in its Linears."""
+
+    def __init__(self, network: nn.Module, num_experts: int) -> None:
+        super().__init__()
+        self.network, self.num_experts = network, num_experts
+        self.is_off = False
+        self.weights: Tensor | None = None
+        self.gates: tuple[nn.Module, ...] = ()
+
+    def forward(self, x: Tensor) -> Tensor:
+        if self.gates:
+            self.weights = self.gates[0](x)
+        return self.network(x) if self.is_off else self.mix(x, self.weights)
+
+    def mix(self, x: Tensor, weights: Tensor) -> Tensor:
+        return sum(weights[..., e, None].to(x.dtype) * self.alone(e, x) for e in range(self.num_experts))
+
+    def alone(self, expert: int, x: Tensor) -> Tensor:
+        one_hot = nn.functional.one_hot(torch.tensor(expert, device=x.device), self.num_experts).to(x.dtype)
+        inside = [module for module in self.network.modules() if isinstance(module, LoopLinear)]
+        for layer in inside:
+            layer.weights = one_hot.expand(*x.shape[:2], -1)
+        y = self.network(x)
+        for layer in inside:
+            layer.weights = None
+        return y
+
+
 class LoopModel(nn.Module):
     """Base + experts + router with the forward pass that every judged model has. It keeps nothing between calls but
-    `last_routing_weights`, has no KV cache, and recomputes everything."""
+    `last_routing_weights`, has no KV cache, and recomputes everything.
+
+    A unit is what is mixed as one: a Linear, or a whole feed-forward network.
+    """
 
     def __init__(self, artifact: Artifact, dtype: torch.dtype, attention: str | None = None) -> None:
         super().__init__()
         self.base: PreTrainedModel = load_base(artifact, dtype, attention)
         self.expert_names = list(artifact.names)
         self.balance = artifact.balance
-        self.features = artifact.gate.features if artifact.gate else None
-        self.router = LoopRouter(artifact.gate, dtype) if artifact.gate else None
+        self.balance_kind = artifact.balance_kind
+        self.features = artifact.router.features if artifact.router else None
         self._layers = self._wrap(artifact)
+        self._networks = self._wrap_networks(artifact)
+        self.router = make_router(in_order(artifact.router, list(self.units())), dtype)
         self.last_routing_weights: Tensor | None = None
         self.eval()
 
     def _wrap(self, artifact: Artifact) -> dict[str, LoopLinear]:
         layers, experts = {}, dict(zip(artifact.names, artifact.experts, strict=True))
-        for path in [name for name, _ in self.base.named_modules() if name in set(artifact.modules)]:
-            parent, _, attribute = path.rpartition(".")
+        wanted = {*artifact.modules, *artifact.shared}
+        for path in [name for name, _ in self.base.named_modules() if name in wanted]:
             adapters = {name: expert[path] for name, expert in experts.items() if path in expert}
-            layers[path] = LoopLinear(self.base.get_submodule(path), adapters, artifact.names)
-            setattr(self.base.get_submodule(parent), attribute, layers[path])
+            layers[path] = LoopLinear(self.base.get_submodule(path), adapters, artifact.names, artifact.shared.get(path))
+            self._put(path, layers[path])
         return layers
+
+    def _wrap_networks(self, artifact: Artifact) -> dict[str, LoopFeedForward]:
+        networks = {}
+        for path in [name for name, _ in self.base.named_modules() if name in set(artifact.feed_forwards)]:
+            networks[path] = LoopFeedForward(self.base.get_submodule(path), artifact.num_experts)
+            self._put(path, networks[path])
+        return networks
+
+    def _put(self, path: str, module: nn.Module) -> None:
+        parent, _, attribute = path.rpartition(".")
+        setattr(self.base.get_submodule(parent), attribute, module)
 
     @property
     def num_experts(self) -> int:
@@ -110,13 +151,20 @@ class LoopModel(nn.Module):
         return self.base.dtype
 
     def routed_layers(self) -> dict[str, LoopLinear]:
+        """Every Linear that holds an adapter."""
         return dict(self._layers)
+
+    def units(self) -> dict[str, LoopLinear | LoopFeedForward]:
+        """What is mixed as one and has its own place in weights per layer, in the base model's order of modules."""
+        experts = set(self.expert_names)
+        return self._networks or {path: layer for path, layer in self._layers.items() if experts & set(layer.scaling)}
 
     def unwrapped(self) -> PreTrainedModel:
         """Puts the base layers back and returns the base model."""
+        for path, network in self._networks.items():
+            self._put(path, network.network)
         for path, layer in self._layers.items():
-            parent, _, attribute = path.rpartition(".")
-            setattr(self.base.get_submodule(parent), attribute, layer.base_layer)
+            self._put(path, layer.base_layer)
         return self.base
 
     def forward(
@@ -160,7 +208,7 @@ class LoopModel(nn.Module):
         if self.features == "embedding":
             return self.base.get_input_embeddings()(ids)
         everything = torch.ones(*ids.shape, self.num_experts, dtype=self.dtype, device=ids.device)
-        with self._routing(everything if self.features == "all_experts" else None, gates=False):
+        with self._routing(everything) if self.features == "all_experts" else self._off():
             return self.base.base_model(**_inputs(ids, mask)).last_hidden_state
 
     def load_balance(self, weights: Tensor, mask: Tensor | None) -> Tensor | None:
@@ -168,41 +216,61 @@ class LoopModel(nn.Module):
         tokens = weights if mask is None else weights[mask.bool()]
         tokens = tokens.reshape(-1, self.num_experts)
         mean = tokens.mean(dim=0)
-        if self.balance.get("load_balance_loss_type", "mse") == "mse":
+        if self.balance_kind == "mse":
             return ((mean - 1 / self.num_experts) ** 2).mean()
-        if self.balance["load_balance_loss_type"] == "switch":
+        if self.balance_kind == "switch":
             share = nn.functional.one_hot(tokens.argmax(dim=-1), self.num_experts).to(mean.dtype).mean(dim=0)
             return self.num_experts * (share * mean).sum()
         return mean.new_zeros(())
 
+    @torch.no_grad()
+    def base_logits(self, ids: Tensor, mask: Tensor | None = None) -> Tensor:
+        """(B, S, V) of the base model: experts and shared adapter off."""
+        with self._off():
+            return self.base(**_inputs(ids, mask)).logits
+
+    @torch.no_grad()
+    def router_scores(self, ids: Tensor, mask: Tensor | None = None) -> list[Tensor]:
+        """What every decision of the router was made on, each (B, S, n), in the order of the decisions."""
+        routers = routers_of(self.router)
+        for router in routers:
+            router.recorded = []
+        self(ids, mask)
+        found = [scores for router in routers for scores in router.recorded]
+        for router in routers:
+            router.recorded = None
+        return found
+
     def _layer_weights(self) -> Tensor:
-        return torch.stack([layer.weights for layer in self._layers.values()], dim=2)
+        return torch.stack([unit.weights for unit in self.units().values()], dim=2)
 
     @contextmanager
-    def _routing(self, weights: Tensor | None, *, gates: bool = True) -> Iterator[None]:
-        own_input = gates and weights is None and self.features == "layer"
-        for index, layer in enumerate(self._layers.values()):
-            layer.gates = (self.router,) if own_input else ()
-            layer.weights = weights[:, :, index] if weights is not None and weights.dim() == 4 else weights
+    def _off(self) -> Iterator[None]:
+        everything = [*self._layers.values(), *self._networks.values()]
+        for module in everything:
+            module.is_off = True
         try:
             yield
         finally:
-            for layer in self._layers.values():
-                layer.gates, layer.weights = (), None
+            for module in everything:
+                module.is_off = False
+
+    @contextmanager
+    def _routing(self, weights: Tensor | None) -> Iterator[None]:
+        """weights (B, S, E) or (B, S, L, E); None where the router looks at each unit's own input."""
+        routers = routers_of(self.router) if weights is None else []
+        units = list(self.units().values())
+        for index, unit in enumerate(units):
+            unit.gates = (routers[index if len(routers) > 1 else 0],) if routers else ()
+            unit.weights = weights[:, :, index] if weights is not None and weights.dim() == 4 else weights
+        try:
+            yield
+        finally:
+            for unit in units:
+                unit.gates, unit.weights = (), None
 
 
 def _inputs(ids: Tensor, mask: Tensor | None) -> dict[str, Tensor | bool | None]:
     """Positions count from the first real token, so that padding on the left changes nothing."""
     positions = None if mask is None else (mask.long().cumsum(-1) - 1).clamp(min=0)
     return {"input_ids": ids, "attention_mask": mask, "position_ids": positions, "use_cache": False}
-
-
-def _linear(weight: np.ndarray, dtype: torch.dtype) -> nn.Linear:
-    layer = nn.Linear(weight.shape[1], weight.shape[0], bias=False, dtype=dtype)
-    _fill(layer.weight, weight)
-    return layer
-
-
-def _fill(parameter: nn.Parameter, values: np.ndarray) -> None:
-    with torch.no_grad():
-        parameter.copy_(torch.from_numpy(values))

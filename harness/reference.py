@@ -19,24 +19,13 @@ import torch
 from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
-from harness.artifact import Adapter, Artifact, Gate, read_artifact
+from harness.artifact import Adapter, Artifact
 from harness.loop import LoopModel
+from harness.loop_routers import oracle_router
 from harness.oracles import mixture, strategies
 from harness.oracles import router as router_oracle
-
-
-class OracleRouter(nn.Module):
-    """The router as the NumPy oracle computes it, always in evaluation mode; `inputs` collects what it was shown."""
-
-    def __init__(self, gate: Gate) -> None:
-        super().__init__()
-        self.definition = gate
-        self.inputs: list[np.ndarray] = []
-
-    def forward(self, hidden: Tensor) -> Tensor:
-        self.inputs.append(hidden.detach().numpy())
-        logits = router_oracle.router_logits(self.inputs[-1], self.definition.weight, self.definition.bias)
-        return torch.from_numpy(router_oracle.evaluation_weights(logits, self.definition.top_k))
+from harness.readings import read_artifact
+from harness.routers import Decider, Router, in_order
 
 
 class Reference:
@@ -45,13 +34,15 @@ class Reference:
     def __init__(self, artifact: Artifact) -> None:
         self.artifact = artifact
         self._kept: dict[tuple, np.ndarray] = {}
+        self._score_sizes: list[int] = []
 
     @cached_property
     def model(self) -> LoopModel:
-        model = LoopModel(replace(self.artifact, gate=None), torch.float64, "eager")
-        if self.artifact.gate is not None:
-            model.features = self.artifact.gate.features
-            model.router = OracleRouter(self.artifact.gate)
+        model = LoopModel(replace(self.artifact, router=None), torch.float64, "eager")
+        router = in_order(self.artifact.router, list(model.units()))
+        if router is not None:
+            model.features = router.features
+            model.router = oracle_router(router)
         return model
 
     @property
@@ -59,8 +50,8 @@ class Reference:
         return self.artifact.experts
 
     @property
-    def router(self) -> Gate | None:
-        return self.artifact.gate
+    def router(self) -> Router | None:
+        return self.artifact.router
 
     @property
     def num_experts(self) -> int:
@@ -72,8 +63,13 @@ class Reference:
 
     @property
     def module_names(self) -> tuple[str, ...]:
-        """Paths of the routed modules, in the base model's own order."""
-        return tuple(self.model.routed_layers())
+        """Paths of the Linears that hold an expert's adapter, in the base model's own order."""
+        return tuple(path for path in self.model.routed_layers() if path in set(self.artifact.modules))
+
+    @property
+    def unit_names(self) -> tuple[str, ...]:
+        """Paths of what is mixed as one and has its own place in weights per layer, in the base model's own order."""
+        return tuple(self.model.units())
 
     def logits(
         self,
@@ -89,16 +85,13 @@ class Reference:
         return self._keep(("logits", ids, mask, weights), lambda: self._by_row(self._row_logits, ids, mask, weights))
 
     def base_logits(self, ids: Tensor, mask: Tensor | None = None) -> np.ndarray:
-        """(B, S, V) with every expert off."""
-        return self.logits(ids, mask, weights=torch.zeros(*ids.shape, self.num_experts))
+        """(B, S, V) with every expert and the shared adapter off."""
+        answer = lambda row: self.model.base_logits(row).numpy()  # noqa: E731
+        return self._keep(("base", ids, mask), lambda: self._by_row(answer, ids, mask))
 
     def routing_weights(self, ids: Tensor, mask: Tensor | None = None) -> np.ndarray:
         """(B, S, E), or (B, S, L, E) where the router looks at each layer's own input; 0 at padding."""
         return self._keep(("weights", ids, mask), lambda: self._by_row(self._row_weights, ids, mask))
-
-    def router_inputs(self, ids: Tensor, mask: Tensor | None = None) -> np.ndarray:
-        """What the router looks at, (B, S, 1 or L, H); 0 at padding."""
-        return self._keep(("router inputs", ids, mask), lambda: self._by_row(self._row_router_inputs, ids, mask))
 
     def _row_logits(self, row: Tensor, weights: Tensor | None = None) -> np.ndarray:
         return self.model(row, routing_weights=weights).logits.numpy()
@@ -107,10 +100,10 @@ class Reference:
         self.model(row)
         return self.model.last_routing_weights.numpy()
 
-    def _row_router_inputs(self, row: Tensor) -> np.ndarray:
-        self.model.router.inputs.clear()
-        self.model(row)
-        return np.stack(self.model.router.inputs, axis=2)
+    def _row_scores(self, row: Tensor) -> np.ndarray:
+        found = self.model.router_scores(row)
+        self._score_sizes = [scores.shape[-1] for scores in found]
+        return torch.cat(found, dim=-1).numpy()
 
     def _by_row(
         self, answer: Callable[..., np.ndarray], ids: Tensor, mask: Tensor | None, weights: Tensor | None = None
@@ -130,18 +123,31 @@ class Reference:
         rows = torch.as_tensor(expert_id).cpu().expand(len(ids))
         return nn.functional.one_hot(rows, self.num_experts).double()[:, None].expand(*ids.shape, -1)
 
-    def router_logits(self, ids: Tensor, mask: Tensor | None = None) -> np.ndarray:
-        """(B, S, 1 or L, E)"""
-        return router_oracle.router_logits(self.router_inputs(ids, mask), self.router.weight, self.router.bias)
+    def router_scores(self, ids: Tensor, mask: Tensor | None = None) -> list[np.ndarray]:
+        """What every decision of the router is made on, each (B, S, n); 0 at padding. One, or one per routed unit."""
+        found = self._keep(("scores", ids, mask), lambda: self._by_row(self._row_scores, ids, mask))
+        return np.split(found, np.cumsum(self._score_sizes)[:-1], axis=-1)
 
     def router_margin(self, ids: Tensor, mask: Tensor | None = None) -> np.ndarray:
-        """(B, S): how far the nearest routed layer's choice of experts is from a tie."""
-        return router_oracle.margin(self.router_logits(ids, mask), self.router.top_k).min(axis=2)
+        """(B, S): how far the nearest unit's choice of experts is from a tie."""
+        return np.min([decider.margin(scores) for decider, scores in self._decisions(ids, mask)], axis=0)
+
+    def router_sensitivity(self, ids: Tensor, mask: Tensor | None = None) -> np.ndarray:
+        """How far a routing weight moves, at most, per unit that scores move; broadcasts to the routing weights."""
+        by_decision = [decider.sensitivity(scores) for decider, scores in self._decisions(ids, mask)]
+        if all(np.ndim(found) == 0 for found in by_decision):
+            return np.float64(max(by_decision))
+        return np.stack(by_decision, axis=2)
+
+    def _decisions(self, ids: Tensor, mask: Tensor | None) -> list[tuple[Decider, np.ndarray]]:
+        scores = self.router_scores(ids, mask)
+        deciders = in_order(self.router, self.unit_names).deciders
+        return list(zip(deciders if len(deciders) > 1 else deciders * len(scores), scores, strict=True))
 
     def training_weights(self, ids: Tensor, mask: Tensor | None = None) -> np.ndarray:
-        """(B, S, E), dense, as the router gives them while training. Not for features "layer", whose inputs
+        """(B, S, E), dense, as DyLoRA-MoE's router gives them while training. Not for features "layer", whose inputs
         depend on the weights."""
-        return router_oracle.training_weights(self.router_logits(ids, mask)[:, :, 0], self.router.temperature)
+        return router_oracle.training_weights(self.router_scores(ids, mask)[0], self.router.temperature)
 
     def multi_pass_logits(self, ids: Tensor, mask: Tensor, weights: np.ndarray) -> np.ndarray:
         """DyLoRA-MoE's first generation: sum_e w_e f_e(ids), w (B, S, E) averaged over each row's tokens -> (B, S, V)."""
@@ -177,10 +183,16 @@ class Reference:
         return so_far[len(ids) :].tolist(), np.stack(rows)
 
     def layer(self, module: str) -> mixture.Layer:
-        """One routed layer as arrays; an expert without an adapter on it contributes zeros of rank 1."""
+        """One routed layer as arrays; an expert without an adapter on it contributes zeros of rank 1.
+
+        A shared adapter on it is part of the weight: it is always there.
+        """
         base = self.model.routed_layers()[module].base_layer
         weight = base.weight.numpy().T if isinstance(base, Conv1D) else base.weight.numpy()
         outputs, inputs = weight.shape
+        shared = self.artifact.shared.get(module)
+        if shared is not None:
+            weight = weight + shared.scaling * shared.lora_B @ shared.lora_A
         none = Adapter(np.zeros((1, inputs)), np.zeros((outputs, 1)), 0.0)
         adapters = [expert.get(module, none) for expert in self.experts]
         return mixture.Layer(
@@ -204,5 +216,5 @@ def _bytes(tensor: Tensor) -> tuple:
 
 
 def load_reference(checkpoint: Path, base_model: str | None = None, assume: Mapping[str, object] | None = None) -> Reference:
-    """The reference of a checkpoint. assume: what no file records: lora_alpha, top_k, temperature, router_features."""
+    """The reference of a checkpoint. assume: what no file records; see harness.readings.read_artifact."""
     return Reference(read_artifact(Path(checkpoint), base_model, assume))

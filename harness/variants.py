@@ -7,40 +7,46 @@ import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
+import numpy as np
 import torch
 from safetensors.torch import save_file
 
-from harness.artifact import Adapter, Artifact, Gate
+from harness.artifact import Adapter, Artifact
+from harness.routers import Classifier, HybridGate, Router, UnitGate, UnitGates
 
 
 def write_variant(
-    directory: Path, artifact: Artifact, *, experts: Sequence[Mapping[str, Adapter]], gate: Gate | None, transposed: bool
+    directory: Path, artifact: Artifact, *, experts: Sequence[Mapping[str, Adapter]], router: Router | None, transposed: bool
 ) -> Path:
-    """A native checkpoint of these experts, named expert_0, expert_1, ... in this order, and this gate; returns `directory`.
+    """A native checkpoint of these experts, named expert_0, expert_1, ... in this order, and this router; returns `directory`.
 
     transposed: the base model's Linears store their weights as (in, out), as GPT-2's do.
     """
     names = [f"expert_{index}" for index in range(len(experts))]
     for name, expert in zip(names, experts, strict=True):
         _write_expert(directory / "experts" / name, expert, artifact.base, transposed=transposed)
-    if gate is not None:
-        tensors = {"gate.weight": torch.from_numpy(gate.weight).float()}
-        if gate.bias is not None:
-            tensors["gate.bias"] = torch.from_numpy(gate.bias).float()
-        save_file({name: tensor.contiguous() for name, tensor in tensors.items()}, directory / "router.safetensors")
+    if artifact.shared:
+        _write_expert(directory / "shared", artifact.shared, artifact.base, transposed=transposed)
+    section, tensors = _router(router, artifact)
+    if tensors:
+        stored = {name: torch.from_numpy(values).float().contiguous() for name, values in tensors.items() if values is not None}
+        save_file(stored, directory / "router.safetensors", metadata={"format": "pt"})
     recorded = {
         "format": "dylo_moe",
         "format_version": 1,
         "base_model_name_or_path": artifact.base,
         "num_experts": len(experts),
-        "experts": [
-            {"name": name, "scaling": next(iter(expert.values())).scaling} for name, expert in zip(names, experts, strict=True)
-        ],
-        "router": None if gate is None else _router(gate),
-        "load_balance": dict(artifact.balance) or {"load_balance_loss_type": "mse", "router_aux_loss_coef": 0.01},
+        "experts": [_entry(name, expert) for name, expert in zip(names, experts, strict=True)],
+        **({"shared": _entry("always_on", artifact.shared)} if artifact.shared else {}),
+        "router": section,
+        "load_balance": {"load_balance_loss_type": artifact.balance_kind, "router_aux_loss_coef": 0.01, **artifact.balance},
     }
     _write_json(directory / "moe_config.json", recorded)
     return directory
+
+
+def _entry(name: str, expert: Mapping[str, Adapter]) -> dict[str, object]:
+    return {"name": name, "scaling": next(iter(expert.values())).scaling}
 
 
 def _write_expert(directory: Path, expert: Mapping[str, Adapter], base: str | None, *, transposed: bool) -> None:
@@ -71,14 +77,76 @@ def _write_expert(directory: Path, expert: Mapping[str, Adapter], base: str | No
     _write_json(directory / "adapter_config.json", config)
 
 
-def _router(gate: Gate) -> dict[str, object]:
-    return {
+Tensors = dict[str, "np.ndarray | None"]
+
+
+def _router(router: Router | None, artifact: Artifact) -> tuple[dict[str, object] | None, Tensors]:
+    """What moe_config.json says of a router, and the tensors of router.safetensors."""
+    if router is None:
+        return None, {}
+    if isinstance(router, HybridGate):
+        return _hybrid(router)
+    return _classifier(router) if isinstance(router, Classifier) else _gates(router, artifact)
+
+
+def _hybrid(gate: HybridGate) -> tuple[dict[str, object], Tensors]:
+    section = {
         "type": "dynamic_hybrid",
         "features": gate.features,
         "hidden_size": gate.weight.shape[1],
         "top_k": gate.top_k,
         "temperature": gate.temperature,
     }
+    return section, {"gate.weight": gate.weight, "gate.bias": gate.bias}
+
+
+def _classifier(router: Classifier) -> tuple[dict[str, object], Tensors]:
+    how, tensors = router.scaling, {}
+    for index, (weight, bias) in enumerate(router.layers):
+        tensors |= {f"classifier.layers.{index}.weight": weight, f"classifier.layers.{index}.bias": bias}
+    section = {
+        "type": "xlora",
+        "features": router.features,
+        "layers": [{"inputs": w.shape[1], "outputs": w.shape[0], "bias": bias is not None} for w, bias in router.layers],
+        "layerwise": how.layerwise,
+        "enable_softmax": how.softmax,
+        "enable_softmax_topk": how.softmax_topk,
+        "use_relu": router.relu,
+        "num_layers": how.num_layers,
+        "softmax_temperature": how.temperature,
+        "top_k": how.top_k,
+        "global_scaling_weight": how.global_weight,
+        "dropout": router.dropout,
+        "softmax_topk_over": how.softmax_topk_over,
+    }
+    return section, tensors
+
+
+def _gates(router: UnitGates, artifact: Artifact) -> tuple[dict[str, object], Tensors]:
+    tensors: Tensors = {}
+    for unit, gate in router.gates.items():
+        second = gate.threshold or (None, None)
+        stored = {"weight": gate.weight if gate.published is None else gate.published, "bias": gate.bias}
+        stored |= {"threshold_weight": second[0], "threshold_bias": second[1]}
+        tensors |= {f"gates.{unit}.{part}": values for part, values in stored.items()}
+    first = next(iter(router.gates.values())).rule
+    section = {
+        "type": "gates",
+        "features": router.features,
+        "level": "feed_forward" if artifact.feed_forwards else "linear",
+        "rule": first.name,
+        "temperature": first.temperature,
+        "threshold": first.threshold,
+        "gates": [_gate_entry(unit, gate) for unit, gate in router.gates.items()],
+    }
+    return section, tensors
+
+
+def _gate_entry(unit: str, gate: UnitGate) -> dict[str, object]:
+    second = None if gate.threshold is None else "weight" if gate.threshold[1] is None else "weight and bias"
+    experts, inputs = gate.weight.shape
+    common = {"unit": unit, "experts": experts, "inputs": inputs, "top_k": gate.rule.top_k}
+    return {**common, "bias": gate.bias is not None, "threshold_gate": second}
 
 
 def _write_json(path: Path, content: Mapping[str, object]) -> None:

@@ -18,15 +18,17 @@ from peft import PeftModel
 from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
-from harness.artifact import Adapter, Gate, load_base
+from harness.artifact import Adapter, load_base
 from harness.bench import Bench
-from harness.compare import as_float64, assert_within, twice_the_loop
+from harness.compare import as_float64, assert_within, rounding_floor, twice_the_loop
 from harness.loop import LoopModel
 from harness.outcome import NotApplicable, Void
+from harness.readings.layouts import NATIVE
 from harness.reference import Reference
+from harness.routers import Router, UnitGates
 from harness.variants import write_variant
 
-# A token whose router logits are closer to a tie than this many times the naive loop's own error may rightly go either
+# A token whose router scores are closer to a tie than this many times the naive loop's own error may rightly go either
 # way; it and what follows it in its row are set aside wherever the router decides.
 TIE_FACTOR = 100.0
 
@@ -83,7 +85,10 @@ class Workings:
     def load(self, checkpoint: Path | None = None, dtype: str | None = None) -> nn.Module:
         """Another load by the subject, of this checkpoint or of another one, in eval mode."""
         bench = self.bench
-        options = {"base_model": bench.base_model, "device": bench.device, "dtype": dtype or self._dtype_name}
+        base = bench.base_model
+        if checkpoint is not None and base is None and self.reference.artifact.base_state is not None:
+            base = self._base_directory  # a copy does not hold the base's weights
+        options = {"base_model": base, "device": bench.device, "dtype": dtype or self._dtype_name}
         if checkpoint is None and bench.assume:
             options["assume"] = dict(bench.assume)
         return bench.subject.load(checkpoint or bench.checkpoint, **options).eval()
@@ -95,6 +100,8 @@ class Workings:
     def peft(self, expert: int) -> PeftModel:
         """Stock PEFT with this expert alone, from the checkpoint's own files."""
         directory = self.reference.artifact.adapter_directories[expert]
+        if self.reference.artifact.shared:
+            raise NotApplicable("beside each expert a shared adapter is on, which no adapter of stock PEFT is")
         if directory is None:
             raise NotApplicable("this layout has no directory that stock PEFT can load")
         if expert not in self._peft:
@@ -102,18 +109,41 @@ class Workings:
             self._peft[expert] = PeftModel.from_pretrained(base, directory).eval()
         return self._peft[expert]
 
-    def variant(self, experts: Sequence[Mapping[str, Adapter]] | None = None, gate: Gate | None | str = "as it is") -> Path:
-        """A copy of the checkpoint in the native layout, with other experts or another gate; deleted when the judge ends."""
-        artifact = self.reference.artifact
+    def variant(self, experts: Sequence[Mapping[str, Adapter]] | None = None, router: Router | None | str = "as it is") -> Path:
+        """A copy of the checkpoint in the native layout, with other experts or another router; deleted when the judge ends."""
+        if NATIVE not in getattr(self.bench.subject, "formats", (NATIVE,)):
+            raise NotApplicable(
+                "the law needs a changed copy of the checkpoint, in the native layout, which the subject does not read"
+            )
+        artifact = replace(self.reference.artifact, base=self._base_directory)
         layers = self.reference.model.routed_layers().values()
-        self._temporary.append(tempfile.TemporaryDirectory(prefix="variant-"))
         return write_variant(
-            Path(self._temporary[-1].name),
+            self.empty_directory("variant-"),
             artifact,
             experts=artifact.experts if experts is None else experts,
-            gate=artifact.gate if isinstance(gate, str) else gate,
+            router=artifact.router if isinstance(router, str) else router,
             transposed=any(isinstance(layer.base_layer, Conv1D) for layer in layers),
         )
+
+    def variant_for_weights(self, experts: Sequence[Mapping[str, Adapter]]) -> Path:
+        """A copy with these experts for laws that give the weights: without its router, unless the router says what is mixed."""
+        by_network = bool(self.reference.artifact.feed_forwards)
+        return self.variant(experts, self.permuted_router(range(len(experts))) if by_network else None)
+
+    def empty_directory(self, prefix: str) -> Path:
+        """Deleted when the judge ends."""
+        self._temporary.append(tempfile.TemporaryDirectory(prefix=prefix))
+        return Path(self._temporary[-1].name)
+
+    @cached_property
+    def _base_directory(self) -> str | None:
+        """Where the base model lies alone; written once where only the checkpoint itself holds its weights."""
+        artifact = self.reference.artifact
+        if artifact.base is not None or artifact.base_state is None:
+            return artifact.base
+        directory = self.empty_directory("base-")
+        load_base(artifact, next(iter(artifact.base_state.values())).dtype).save_pretrained(directory)
+        return str(directory)
 
     # Answers
 
@@ -175,14 +205,33 @@ class Workings:
 
     @cached_property
     def router_error(self) -> float:
-        """Largest error of the naive loop's router logits; tokens after a near tie that went the other way do not count."""
-        seen: list[Tensor] = []
-        handle = self.naive.router.gate.register_forward_hook(lambda module, inputs, output: seen.append(output))
-        self.ask(self.naive, self.ids.cpu(), self.mask.cpu())
-        handle.remove()
-        errors = np.abs(as_float64(torch.stack(seen, dim=2)) - self.reference.router_logits(self.ids, self.mask))
-        by_token = errors.max(axis=(2, 3))[self.valid]
+        """Largest error of the naive loop's router scores; tokens after a near tie that went the other way do not count."""
+        seen = self.naive.router_scores(self.ids.cpu(), self.mask.cpu())
+        exact = self.reference.router_scores(self.ids, self.mask)
+        errors = np.stack([np.abs(as_float64(got) - want).max(axis=-1) for got, want in zip(seen, exact, strict=True)])
+        by_token = errors.max(axis=0)[self.valid]
         return float(by_token[by_token <= 100 * np.median(by_token)].max())
+
+    def routing_weights_like(self, got: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        """The reference's routing weights and their bound in the shape of `got`: a router that decides once for all layers may
+        say so for each of them."""
+        want = self.reference.routing_weights(self.ids, self.mask)
+        bound = np.broadcast_to(self.router_bound, want.shape)
+        if got.ndim == 4 and want.ndim == 3:
+            want, bound = (np.broadcast_to(values[:, :, None], got.shape) for values in (want, bound))
+        return want, bound
+
+    @property
+    def router_bound(self) -> np.ndarray:
+        """How far routing weights may be from the reference's, broadcasting to them: what twice the naive loop's error in the
+        router's scores can move them by, and two roundings."""
+        largest = float(np.abs(self.reference.routing_weights(self.ids, self.mask)).max())
+        moved = 2 * self.router_error * self.reference.router_sensitivity(self.ids, self.mask)
+        return moved + rounding_floor(max(largest, 1.0), self.dtype)
+
+    def expert_names(self, model: nn.Module) -> list[str]:
+        """What the model calls its experts, in the order of the weights' columns."""
+        return list(getattr(model, "expert_names", self.reference.artifact.names))
 
     def same_logits(self, got: Tensor, want: object, what: str, *, twice: bool = False, where: np.ndarray | None = None) -> None:
         """Logits against the reference, or, with `twice`, of two answers that may each be off by the bound."""
@@ -214,13 +263,16 @@ class Workings:
         if name not in parameters and not any(p.kind is p.VAR_KEYWORD for p in parameters.values()):
             raise NotApplicable(f"the subject's {getattr(function, '__name__', 'function')} has no option {name}")
 
-    def permuted_gate(self, order: Sequence[int]) -> Gate | None:
-        """The gate of these experts in this order; of fewer experts than it chooses, it chooses all."""
-        gate, rows = self.reference.router, list(order)
-        if gate is None:
-            return None
-        bias = None if gate.bias is None else gate.bias[rows]
-        return replace(gate, weight=gate.weight[rows], bias=bias, top_k=min(gate.top_k, len(rows)))
+    def need_units_to_be_linears(self) -> None:
+        if self.reference.artifact.feed_forwards:
+            raise NotApplicable("whole feed-forward networks are mixed here, and no Linear alone")
+
+    def permuted_router(self, order: Sequence[int]) -> Router | None:
+        """The router of these experts in this order; of fewer experts than it chooses, it chooses all."""
+        router = self.reference.router
+        if isinstance(router, UnitGates) and not router.is_even and list(order) != sorted(order):
+            raise NotApplicable("the units have different numbers of experts, each the first of them: no other order is possible")
+        return None if router is None else router.permuted(order)
 
 
 def workings(bench: Bench) -> Workings:

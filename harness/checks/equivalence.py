@@ -44,13 +44,13 @@ def check_equal_experts_equal_multi_pass(bench: Bench) -> None:
     """
     w = workings(bench)
     w.need_experts(2)
-    path = w.variant([w.reference.experts[0]] * w.experts)
+    path = w.variant_for_weights([w.reference.experts[0]] * w.experts)
     want = load_reference(path).multi_pass_logits(w.ids, w.mask, as_float64(w.dense))
     w.same_logits(w.ask(w.load(path), routing_weights=w.dense), want, "equal experts")
 
 
 def check_zero_deltas_equal_multi_pass(bench: Bench) -> None:
-    """All deltas zero and weights summing to 1: one pass equals the weighted passes, and both are the base.
+    """All deltas zero and weights summing to 1: one pass equals the weighted passes, and both are the base (and shared adapter).
 
     Reason: experts as LoRA initialises them, B = 0, must leave the base alone.
     Tolerance: twice the naive loop's error.
@@ -60,11 +60,14 @@ def check_zero_deltas_equal_multi_pass(bench: Bench) -> None:
     silent = [
         {m: Adapter(a.lora_A, np.zeros_like(a.lora_B), a.scaling) for m, a in expert.items()} for expert in w.reference.experts
     ]
-    path = w.variant(silent)
+    path = w.variant_for_weights(silent)
     got = w.ask(w.load(path), routing_weights=w.dense)
     want = load_reference(path).multi_pass_logits(w.ids, w.mask, as_float64(w.dense))
     w.same_logits(got, want, "zero deltas, against the passes")
-    w.same_logits(got, w.reference.base_logits(w.ids, w.mask), "zero deltas, against the base")
+    alone = w.reference.base_logits(w.ids, w.mask)
+    if w.reference.artifact.shared:
+        alone = load_reference(path).logits(w.ids, w.mask, expert_id=0)
+    w.same_logits(got, alone, "zero deltas, against the base")
 
 
 def check_readout_adapters_equal_multi_pass(bench: Bench) -> None:
@@ -76,8 +79,9 @@ def check_readout_adapters_equal_multi_pass(bench: Bench) -> None:
     w = workings(bench)
     w.need_experts(2)
     weights = w.dense[:, :1].expand_as(w.dense)
-    path = w.variant(_readout_experts(w))
-    model = _loaded_or_not_applicable(w, path)
+    w.need_units_to_be_linears()
+    path = w.variant_for_weights(_readout_experts(w))
+    model = w.load(path)
     reference = load_reference(path)
     want = reference.multi_pass_logits(w.ids, w.mask, as_float64(weights))
     effect = np.abs(want - reference.base_logits(w.ids, w.mask))[w.valid].max()
@@ -143,9 +147,3 @@ def _readout_experts(w: Workings) -> list[dict[str, Adapter]]:
     rng = w.bench.rng(4)
     draw = lambda *shape: (rng.standard_normal(shape) / inputs**0.5).astype(np.float32).astype(np.float64)  # noqa: E731
     return [{name: Adapter(draw(2, inputs), draw(outputs, 2), 1.0)} for _ in range(w.experts)]
-
-
-def _loaded_or_not_applicable(w: Workings, path: object) -> nn.Module:
-    if w.reference.router is not None and w.reference.router.features == "layer":
-        raise NotApplicable("with features 'layer' the router belongs to the layers that it routes")
-    return w.load(path)

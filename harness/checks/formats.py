@@ -6,7 +6,6 @@ import hashlib
 import json
 import shutil
 import tempfile
-from collections.abc import Callable
 from pathlib import Path
 
 import torch
@@ -17,9 +16,8 @@ from harness.artifact import load_base
 from harness.bench import Bench
 from harness.compare import assert_bitwise, assert_equal
 from harness.outcome import NotApplicable
+from harness.readings.layouts import NATIVE, layout_of
 from harness.workings import Workings, workings
-
-NATIVE = "dylo-moe"
 
 
 def check_detected(bench: Bench) -> None:
@@ -29,11 +27,11 @@ def check_detected(bench: Bench) -> None:
     Tolerance: none.
     """
     detect = workings(bench).need_method(bench.subject, "detect")
-    assert_equal(detect(bench.checkpoint), format_of(bench.checkpoint), what="format")
+    assert_equal(detect(bench.checkpoint), layout_of(bench.checkpoint), what="format")
 
 
 def check_loaded_logits_equal_reference(bench: Bench) -> None:
-    """What was loaded computes what the files say: every expert alone, and the base, give the reference's logits.
+    """What was loaded computes what the files say: every expert alone, and none, give the reference's logits.
 
     Reason: state dicts loaded with strict=False, transposed gates, experts of the wrong file: all load without an error.
     Tolerance: twice the naive loop's error.
@@ -43,7 +41,8 @@ def check_loaded_logits_equal_reference(bench: Bench) -> None:
         _compare_merged(w)
         return
     bench.evidence(reference_read_by=w.reference.artifact.reader)
-    w.same_logits(w.ask(w.model, routing_weights=torch.zeros_like(w.dense)), w.reference.base_logits(w.ids, w.mask), "base")
+    nothing = torch.zeros_like(w.dense)
+    w.same_logits(w.ask(w.model, routing_weights=nothing), w.reference.logits(w.ids, w.mask, weights=nothing), "no expert")
     for expert in range(w.experts):
         want = w.reference.logits(w.ids, w.mask, expert_id=expert)
         w.same_logits(w.ask(w.model, expert_id=expert), want, f"expert {expert}")
@@ -86,7 +85,7 @@ def check_bad_weights_refused(bench: Bench) -> None:
     """
     w = workings(bench)
     w.need_experts()
-    if format_of(bench.checkpoint) != NATIVE:
+    if layout_of(bench.checkpoint) != NATIVE:
         raise NotApplicable("defects are planted in the native layout only")
     defects = {"a NaN": _plant_nan, "a missing expert": _drop_expert, "a foreign tensor": _add_foreign_tensor}
     if w.reference.router is not None:
@@ -97,29 +96,6 @@ def check_bad_weights_refused(bench: Bench) -> None:
             shutil.copytree(bench.checkpoint, copy)
             plant(copy)
             _expect_refusal(w, copy, name)
-
-
-def format_of(path: Path) -> str:
-    """The judge's own, shorter rules for which layout a directory has."""
-    names = {file.name for file in path.iterdir()} if path.is_dir() else {path.name}
-    rules: list[tuple[str, Callable[[], bool]]] = [
-        (NATIVE, lambda: "moe_config.json" in names),
-        ("dylora-separated", lambda: "peft_adapters" in names),
-        ("dylora-bundle", lambda: path.is_file() or names == {"checkpoint.pt"}),
-        ("dylora-full-state", lambda: _holds_full_state(path, names)),
-        ("peft-lora", lambda: "adapter_config.json" in names),
-        ("lora-bag", lambda: any((path / name / "adapter_config.json").is_file() for name in names)),
-        ("merged", lambda: "config.json" in names),
-    ]
-    return next((name for name, rule in rules if rule()), "unknown")
-
-
-def _holds_full_state(path: Path, names: set[str]) -> bool:
-    if any(name.startswith("dylo_moe_weights") for name in names) or "dylo_moe_state" in names:
-        return True
-    if "model.safetensors" in names:
-        return any(key.startswith("foundation_model.") for key in load_file(path / "model.safetensors"))
-    return "pytorch_model.bin" in names
 
 
 def _compare_merged(w: Workings) -> None:

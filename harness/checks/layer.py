@@ -6,7 +6,7 @@ T rows of tokens and inputs I, outputs O, experts E.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 
 import numpy as np
@@ -105,7 +105,7 @@ def check_equal_experts(bench: Bench) -> None:
     """
     w = workings(bench)
     w.need_experts(2)
-    model = w.load(w.variant([w.reference.experts[0]] * w.experts))
+    model = w.load(w.variant_for_weights([w.reference.experts[0]] * w.experts))
     for case in _cases(bench):
         if case.name not in w.reference.experts[0]:
             continue
@@ -127,7 +127,7 @@ def check_permutation(bench: Bench) -> None:
     w = workings(bench)
     w.need_experts(2)
     order = np.roll(np.arange(w.experts), 1).tolist()
-    model = w.load(w.variant([w.reference.experts[e] for e in order], w.permuted_gate(order)))
+    model = w.load(w.variant([w.reference.experts[e] for e in order], w.permuted_router(order)))
     for case in _cases(bench):
         got = model.routed_layers()[case.name].mix(case.x, case.weights[..., order])
         wrong = np.abs(case.mixed(case.weights[..., order]) - case.mixed()).max()
@@ -185,10 +185,10 @@ def check_gradients_equal_oracle(bench: Bench) -> None:
     w.need_experts()
     model = w.load(dtype="float64")
     for case in _cases(bench, torch.float64):
-        _compare_gradients(replace(case, layer=model.routed_layers()[case.name]), w.reference.artifact.names)
+        _compare_gradients(replace(case, layer=model.routed_layers()[case.name]), w.expert_names(model))
 
 
-def _compare_gradients(case: Case, names: tuple[str, ...]) -> None:
+def _compare_gradients(case: Case, names: Sequence[str]) -> None:
     __tracebackhide__ = True
     x, weights = case.x.clone().requires_grad_(), case.weights.clone().requires_grad_()
     parameters = _parameters(case.layer, names)
@@ -218,10 +218,10 @@ def check_half_precision_error_at_most_twice_loop(bench: Bench) -> None:
     for dtype in (torch.bfloat16, torch.float16):
         model = w.load(dtype=str(dtype).removeprefix("torch."))
         for case in _cases(bench, dtype):
-            _compare_with_loop(replace(case, layer=model.routed_layers()[case.name]), w.reference.artifact.names)
+            _compare_with_loop(replace(case, layer=model.routed_layers()[case.name]), w.expert_names(model))
 
 
-def _compare_with_loop(case: Case, names: tuple[str, ...]) -> None:
+def _compare_with_loop(case: Case, names: Sequence[str]) -> None:
     __tracebackhide__ = True
     held = [name for name in names if name in case.layer.lora_A]
     rounded = case.layer.base_layer.weight
@@ -267,6 +267,7 @@ def _cases(bench: Bench, dtype: torch.dtype | None = None) -> Iterator[Case]:
     """One layer of every kind, with inputs of their own."""
     w = workings(bench)
     w.need_experts()
+    w.need_units_to_be_linears()
     layers = w.need_method(w.model, "routed_layers")()
     by_kind = {name.rpartition(".")[2] + ("" if w.experts else name): name for name in w.reference.module_names}
     rng = bench.rng(3)
@@ -304,13 +305,13 @@ def _absolute(layer: mixture.Layer) -> mixture.Layer:
     )
 
 
-def _parameters(layer: nn.Module, names: tuple[str, ...]) -> dict[str, Tensor]:
+def _parameters(layer: nn.Module, names: Sequence[str]) -> dict[str, Tensor]:
     held = [name for name in names if name in layer.lora_A]
     pairs = {f"A of {name}": layer.lora_A[name].weight.requires_grad_() for name in held}
     return pairs | {f"B of {name}": layer.lora_B[name].weight.requires_grad_() for name in held}
 
 
-def _by_name(gradients: mixture.Gradients, names: tuple[str, ...]) -> dict[str, np.ndarray]:
+def _by_name(gradients: mixture.Gradients, names: Sequence[str]) -> dict[str, np.ndarray]:
     pairs = {f"A of {name}": grad for name, grad in zip(names, gradients.lora_A, strict=True)}
     pairs |= {f"B of {name}": grad for name, grad in zip(names, gradients.lora_B, strict=True)}
     return {"x": gradients.x, "weights": gradients.routing, **pairs}

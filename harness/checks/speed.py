@@ -141,15 +141,19 @@ class Case:
         }
 
     def work_limit(self) -> float:
-        """Operations that the shapes demand of a routed pass: base, 2 T r (I + O) per adapter, the gate, the gate's features."""
+        """Operations that the shapes demand of a routed pass: base, 2 T r (I + O) per adapter, the router, the router's features.
+
+        Mixing whole feed-forward networks demands no more: what they have in common, W x, is computed once, and by linearity
+        so is the last Linear of all of them.
+        """
         tokens, hidden = self.ids.shape[1], self.base.config.hidden_size
-        adapters = [adapter for expert in self.bench.experts for adapter in expert.values()]
+        artifact = self.bench.reference.artifact
+        adapters = [adapter for expert in (*self.bench.experts, artifact.shared) for adapter in expert.values()]
         experts = sum(2 * tokens * (adapter.lora_A.size + adapter.lora_B.size) for adapter in adapters)
         router = self.bench.router
         if router is None:
             return self.base_flops + experts
-        decisions = len(self.bench.model.routed_layers()) if router.features == "layer" else 1
-        gate = 2 * tokens * hidden * self.bench.num_experts * decisions
+        gate = 2 * tokens * router.size(len(self.bench.reference.unit_names))
         head = 2 * tokens * self.base.config.vocab_size * hidden
         features = self.base_flops - head if router.features in TWO_PASS_FEATURES else 0
         features += experts if router.features == "all_experts" else 0

@@ -11,10 +11,20 @@ import torch._dynamo
 from torch import Tensor, nn
 
 from harness.bench import Bench
-from harness.compare import UNIT_ROUNDOFF, as_float64, assert_bitwise, assert_within, dot_bound, rounding_floor, twice_the_loop
+from harness.compare import (
+    UNIT_ROUNDOFF,
+    as_float64,
+    assert_bitwise,
+    assert_equal,
+    assert_within,
+    dot_bound,
+    rounding_floor,
+    twice_the_loop,
+)
 from harness.loop import LoopModel
 from harness.oracles import balance
 from harness.outcome import NotApplicable, Void
+from harness.routers import HybridGate
 from harness.workings import Workings, workings
 
 # Training steps whose errors make the bound. All gradients of one step share the rounding of its forward pass, so that a step
@@ -23,10 +33,12 @@ INPUTS = 8
 
 
 def check_train_eval_modes(bench: Bench) -> None:
-    """Training routes densely, softmax(logits / T); after eval() again everything is bitwise as before.
+    """While training DyLoRA-MoE's router is dense, softmax(logits / T), and others route as ever; after eval() all is as before.
 
-    Reason: the router has two modes by definition; a mode that sticks, or dropout that ignores eval(), changes every later score.
-    Tolerance: half of twice the naive loop's error in the gate's logits over T, and two roundings; none for the way back.
+    Reason: a router may have two modes by definition; a mode that sticks, or dropout that ignores eval(), changes every later
+    score.
+    Tolerance: what twice the naive loop's error in the router's scores can move a weight by, and two roundings; none for the way
+    back.
     """
     w = workings(bench)
     w.need_router()
@@ -34,30 +46,33 @@ def check_train_eval_modes(bench: Bench) -> None:
     before = w.ask(model)
     model.train()
     w.ask(model)
-    dense = as_float64(model.last_routing_weights)
+    got = as_float64(model.last_routing_weights)
     model.eval()
     assert_bitwise(w.ask(model), before, what="logits after train() and eval()")
-    if w.reference.router.features == "layer":
-        return
-    want = w.reference.training_weights(w.ids, w.mask)
-    bound = w.router_error / w.reference.router.temperature + rounding_floor(1.0, w.dtype)
-    assert_within(dense[w.valid], want[w.valid], bound, what="routing weights while training")
+    router = w.reference.router
+    if isinstance(router, HybridGate) and router.features != "layer":
+        want, where = w.reference.training_weights(w.ids, w.mask), w.valid
+        bound = w.router_error / router.temperature + rounding_floor(1.0, w.dtype)
+        assert_within(got[where], want[where], bound, what="routing weights while training")
+    elif not isinstance(router, HybridGate) and not router.drops_out:
+        want, where = w.routing_weights_like(got)
+        assert_within(got[w.decided], want[w.decided], where[w.decided], what="routing weights while training")
 
 
 def check_gradients_reach_router_and_experts(bench: Bench) -> None:
-    """The loss and its gradients for the router's gate and for the experts are those of the loop in float64; the base gets none.
+    """The loss and its gradients for the router and for the experts are those of the loop in float64; the base gets none.
 
     Reason: a detached weight trains nothing and reports nothing.
-    Tolerance: twice the naive loop's largest error in the same dtype, over all gradients of one kind (gate, bias, A, B).
+    Tolerance: twice the naive loop's largest error in the same dtype, over all gradients of one kind (router, bias, A, B).
     """
     w = workings(bench)
-    w.need_router()
+    _need_plain_training(w)
     model = w.load()
     found = _loss_and_gradients(w, model, _ids(w).to(bench.device))
     exact, allowed = _exact_and_allowed(w)
     for name, want in exact.items():
         # Of its kind: a tensor whose own gradient is tiny proves little, and the others of its kind prove it.
-        flat = name == "loss" or (w.experts == 1 and name.startswith("gate"))  # softmax over one logit has no slope
+        flat = name == "loss" or (w.experts == 1 and name.startswith("router"))  # softmax over one logit has no slope
         effect = None if flat else max(np.abs(of_kind).max() for of_kind in _alike(exact, name))
         assert_within(found[name], want, allowed[_kind(name)], effect=effect, what=name)
     reached = [n for n, p in model.named_parameters() if p.grad is not None and _is_base(n)]
@@ -69,10 +84,10 @@ def check_gradient_checkpointing_equal(bench: Bench) -> None:
     """With gradient checkpointing the loss and the gradients are those without.
 
     Reason: the recomputation runs inside backward(), when the weights of the forward pass may be gone.
-    Tolerance: twice the naive loop's largest error, over all gradients of one kind (gate, bias, A, B).
+    Tolerance: twice the naive loop's largest error, over all gradients of one kind (router, bias, A, B).
     """
     w = workings(bench)
-    w.need_router()
+    _need_plain_training(w)
     model = w.load()
     w.need_method(model, "gradient_checkpointing_enable")()
     ids = _ids(w).to(bench.device)
@@ -97,7 +112,7 @@ def check_load_balancing_loss(bench: Bench) -> None:
 
 def _compare_balance(w: Workings, model: nn.Module) -> None:
     __tracebackhide__ = True
-    kind = w.reference.artifact.balance.get("load_balance_loss_type", "mse")
+    kind = w.reference.artifact.balance_kind
     with torch.no_grad():
         output = model(w.ids, w.mask, labels=w.ids.masked_fill(w.mask == 0, -100))
     if getattr(output, "aux_loss", None) is None:
@@ -135,7 +150,7 @@ def _ids(w: Workings) -> Tensor:
 
 
 def _loss_and_gradients(w: Workings, model: nn.Module, ids: Tensor) -> dict[str, np.ndarray]:
-    """Of one training step: the loss, and the gradients of the gate and of the experts in the watched layers.
+    """Of one training step: the loss, and the gradients of the router and of the experts in the watched layers.
 
     The first two tokens are a prompt, without labels, as in any fine-tuning on answers.
     """
@@ -157,20 +172,32 @@ def _loss_and_gradients(w: Workings, model: nn.Module, ids: Tensor) -> dict[str,
 
 
 def _watched(w: Workings, model: nn.Module) -> dict[str, nn.Parameter]:
-    """The gate's weight and bias, and every expert's A and B in the first and the last layer of each kind."""
+    """The router's parameters, and every expert's A and B in the first and the last layer of each kind."""
     layers = w.need_method(model, "routed_layers")()
-    watched = {"gate": model.router.gate.weight}
-    if w.reference.router.bias is not None:
-        watched["gate bias"] = model.router.gate.bias
+    watched = _router_parameters(w, model) if w.reference.router.trained else {}
     first, last = (
         {m.rpartition(".")[2]: m for m in names} for names in (w.reference.module_names[::-1], w.reference.module_names)
     )
     for module in dict.fromkeys((*first.values(), *last.values())):
-        for name in w.reference.artifact.names:
+        for expert, name in enumerate(w.expert_names(model)):
             if name in layers[module].lora_A:
-                watched[f"{module} A of {name}"] = layers[module].lora_A[name].weight
-                watched[f"{module} B of {name}"] = layers[module].lora_B[name].weight
+                watched[f"{module} A of expert {expert}"] = layers[module].lora_A[name].weight
+                watched[f"{module} B of expert {expert}"] = layers[module].lora_B[name].weight
     return watched
+
+
+def _router_parameters(w: Workings, model: nn.Module) -> dict[str, nn.Parameter]:
+    """In the router's own order, which is that of its definition: Linear by Linear, unit by unit, weight before bias."""
+    found = {f"router {i}{' bias' if p.dim() == 1 else ''}": p for i, p in enumerate(model.router.parameters())}
+    wanted = [tuple(parameter.shape) for parameter in w.naive.router.parameters()]
+    assert_equal([tuple(parameter.shape) for parameter in found.values()], wanted, what="shapes of the router's parameters")
+    return found
+
+
+def _need_plain_training(w: Workings) -> None:
+    w.need_router()
+    if w.reference.router.drops_out:
+        raise NotApplicable("the router drops inputs at random while training, so that no two steps need agree")
 
 
 def _exact_and_allowed(w: Workings) -> tuple[dict[str, np.ndarray], dict[str, float]]:
@@ -191,8 +218,9 @@ def _exact_and_allowed(w: Workings) -> tuple[dict[str, np.ndarray], dict[str, fl
             for name, want in exact.items():
                 bound = max(twice_the_loop(step[name], want, w.dtype) for step in found)
                 kept["allowed"][_kind(name)] = max(bound, kept["allowed"].get(_kind(name), 0.0))
-        if w.experts > 1 and not kept["exact"]["gate"].any():
-            raise Void("the gate's gradient is zero for this checkpoint")
+        of_router = [gradient for name, gradient in kept["exact"].items() if name.startswith("router")]
+        if w.experts > 1 and of_router and not any(gradient.any() for gradient in of_router):
+            raise Void("the router's gradient is zero for this checkpoint")
     return kept["exact"], kept["allowed"]
 
 
@@ -202,8 +230,8 @@ def _designs(dtype: torch.dtype) -> tuple[tuple[torch.dtype, str | None], ...]:
 
 
 def _kind(name: str) -> str:
-    """ "loss", "gate", "bias", "A" or "B"."""
-    return name.split()[1] if " " in name else name
+    """ "loss", "router", "bias", "A" or "B"."""
+    return name if name == "loss" else "bias" if name.endswith("bias") else name.split()[0 if name.startswith("router") else 1]
 
 
 def _alike(gradients: dict[str, np.ndarray], name: str) -> list[np.ndarray]:

@@ -9,8 +9,8 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from harness.artifact import read_artifact
 from harness.loop import LoopModel
+from harness.readings import read_artifact
 
 STRATEGIES = ("router", "single:<i>", "best", "ensemble", "round_robin")
 

@@ -8,8 +8,8 @@ import numpy as np
 import pytest
 import torch
 
-from harness.artifact import OWN_READING, read_artifact
 from harness.oracles import mixture, router
+from harness.readings import OWN_READING, read_artifact
 from harness.reference import Reference, load_reference
 from harness.specimens import write_base, write_checkpoint
 from harness.subjects import BUILT_IN, find_subject
@@ -97,7 +97,7 @@ def test_multi_pass_differs_from_single_pass_in_general(reference: Reference) ->
 
 def test_variant_of_everything_computes_the_same(reference: Reference, tmp_path: Path) -> None:
     artifact = reference.artifact
-    write_variant(tmp_path, artifact, experts=artifact.experts, gate=artifact.gate, transposed=False)
+    write_variant(tmp_path, artifact, experts=artifact.experts, router=artifact.router, transposed=False)
     np.testing.assert_allclose(load_reference(tmp_path).logits(IDS), reference.logits(IDS), rtol=1e-9, atol=1e-9)
 
 
@@ -111,7 +111,7 @@ def test_artifact_refuses_a_tensor_that_is_not_finite(checkpoint: Path, referenc
     experts = [dict(expert) for expert in reference.experts]
     module, adapter = next(iter(experts[0].items()))
     adapter.lora_A[0, 0], kept = np.nan, adapter.lora_A[0, 0]
-    write_variant(tmp_path, reference.artifact, experts=experts, gate=None, transposed=False)
+    write_variant(tmp_path, reference.artifact, experts=experts, router=None, transposed=False)
     adapter.lora_A[0, 0] = kept
     with pytest.raises(ValueError, match=f"{module}.*NaN"):
         read_artifact(tmp_path)

@@ -1,0 +1,78 @@
+"""Every other layout, through dylo_moe.read_checkpoint."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from harness.artifact import Adapter, Artifact
+from harness.oracles.gates import Rule
+from harness.oracles.xlora import Scaling
+from harness.readings.files import adapter_directory, array
+from harness.routers import Classifier, HybridGate, UnitGate, UnitGates
+
+
+def read(path: Path, base_model: str | None, assume: Mapping[str, Any]) -> Artifact:
+    from dylo_moe import read_checkpoint
+
+    checkpoint = read_checkpoint(path, **assume)
+    state = checkpoint.router
+    by_network = getattr(state, "level", None) == "feed_forward"
+    return Artifact(
+        path=path,
+        base=str(path) if checkpoint.format == "merged" else base_model or checkpoint.base_model,
+        names=tuple(expert.name for expert in checkpoint.experts),
+        experts=tuple(_adapters(expert.modules) for expert in checkpoint.experts),
+        router=None if state is None else _ROUTERS[type(state).__name__](state),
+        balance=checkpoint.load_balance,
+        adapter_directories=tuple(adapter_directory(path, expert.name) for expert in checkpoint.experts),
+        reader="",
+        shared={} if checkpoint.shared is None else _adapters(checkpoint.shared.modules),
+        feed_forwards=tuple(state.gates) if by_network else (),
+        base_config=checkpoint.base_config,
+        base_state=checkpoint.base_state,
+    )
+
+
+def _adapters(modules: Mapping[str, Any]) -> dict[str, Adapter]:
+    return {name: Adapter(array(pair.lora_A), array(pair.lora_B), pair.scaling) for name, pair in modules.items()}
+
+
+def _hybrid(state: Any) -> HybridGate:
+    return HybridGate(array(state.weight), _optional(state.bias), state.features, state.top_k, state.temperature)
+
+
+def _classifier(state: Any) -> Classifier:
+    scaling = Scaling(
+        state.num_experts,
+        state.num_layers,
+        layerwise=state.layerwise,
+        softmax=state.enable_softmax,
+        softmax_topk=state.enable_softmax_topk,
+        temperature=state.softmax_temperature,
+        top_k=state.top_k,
+        global_weight=state.global_scaling_weight,
+        softmax_topk_over=state.softmax_topk_over,
+    )
+    layers = tuple((array(weight), _optional(bias)) for weight, bias in state.layers)
+    return Classifier(layers, scaling, relu=state.use_relu, dropout=state.dropout)
+
+
+def _gates(state: Any) -> UnitGates:
+    found = {}
+    for path, gate in state.gates.items():
+        rule = Rule(state.rule, gate.top_k, state.temperature, state.threshold)
+        threshold = None
+        if gate.threshold_weight is not None:
+            threshold = (array(gate.threshold_weight), _optional(gate.threshold_bias))
+        found[path] = UnitGate(array(gate.weight), rule, state.num_experts, _optional(gate.bias), threshold)
+    return UnitGates(found, trained=state.rule != "arrow")
+
+
+def _optional(tensor: Any) -> Any:
+    return None if tensor is None else array(tensor)
+
+
+# By class name: the states are public through Checkpoint.router only.
+_ROUTERS: dict[str, Any] = {"RouterState": _hybrid, "XLoraState": _classifier, "GatesState": _gates}
