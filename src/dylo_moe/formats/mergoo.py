@@ -8,7 +8,7 @@ once trained, <module>.gate.weight. config.json is the base model's, with five f
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -69,6 +69,7 @@ def read_mergoo(files: CheckpointFiles, options: ReadOptions) -> Checkpoint:
     state, base = _sort(header, config, file)
     shapes = BaseModel(file, config.base, {name: header[key].shape for key, name in base.items()})
     check_headers(shapes, config.file)
+    _check_routed(state.units, config)
     top_k = config.top_k if options.top_k is None else check_top_k(options.top_k, config.num_experts, config.file)
     tensors = tensors_of()
     base_state = {name: tensors[key] for key, name in base.items()}
@@ -131,7 +132,8 @@ def _adapter(value: object, files: CheckpointFiles, path: Path, name: str) -> Ad
 def _sort(header: Mapping[str, TensorInfo], config: MergooConfig, file: Path) -> tuple[GatedState, dict[str, str]]:
     """The experts and gates, checked, and base key -> name of the base model's parameter."""
     wrapped = {key.partition(".base_layer.")[0] for key in header if ".base_layer." in key}
-    meanings = {key: part for key in header if (part := _meaning(key, wrapped)) is not None}
+    adapted = wrapped | {match["module"] for match in map(_LORA.fullmatch, header) if match}
+    meanings = {key: part for key in header if (part := _meaning(key, adapted)) is not None}
     base = {key: key.replace(".base_layer.", ".") for key in header if key not in meanings}
     for key in base:
         if any(inside in key for inside in _INSIDE):
@@ -146,26 +148,29 @@ def _sort(header: Mapping[str, TensorInfo], config: MergooConfig, file: Path) ->
         if module in units:
             raise ForeignTensor(file, f"{module}.lora_A", found="a tensor", expected=f"{module}.base_layer.weight beside it")
         raise IncompletePair(file, f"{module}.lora_A", found="no tensor", expected="experts for every base_layer")
-    _check_routed(set(units), base.values(), config)
     return state, base
 
 
-def _meaning(key: str, wrapped: set[str]) -> Part | None:
+def _meaning(key: str, adapted: set[str]) -> Part | None:
     match = _LORA.fullmatch(key)
     if match is not None:
         return Part(match["module"], match["half"], int(match["expert"]))
     module = key.removesuffix(".gate.weight")
-    return Part(module, GATE) if module != key and module in wrapped else None
+    return Part(module, GATE) if module != key and module in adapted else None
 
 
-def _check_routed(modules: set[str], names: Any, config: MergooConfig) -> None:
-    """The routed modules are exactly those that config.json names: mergoo leaves the others' weights random, or unread."""
-    for module in sorted(modules | {name.removesuffix(".weight") for name in names}):
-        layer = layer_number(module)
-        is_named = module.rpartition(".")[2] in config.routed
-        is_routed = is_named and layer is not None and (config.layers is None or layer in config.layers)
-        if is_routed and module not in modules:
-            raise IncompletePair(config.file, f"router_layers: {module}", found="no experts", expected="experts and a gate")
-        if module in modules and not is_routed:
-            name = "router_layers_index" if is_named else "router_layers"
-            raise InvalidField(config.file, name, found=f"no {module}", expected="the modules that have experts")
+def _check_routed(units: Iterable[str], config: MergooConfig) -> None:
+    """The routed modules are exactly those that config.json names: mergoo draws the others' weights, or does not read them."""
+    found = {(layer_number(module), module.rpartition(".")[2]): module for module in units}
+    layers = config.layers if config.layers is not None else range(config.base.get("num_hidden_layers", 0))
+    for (layer, name), module in found.items():
+        if name not in config.routed:
+            raise InvalidField(config.file, "router_layers", found=f"no {name}", expected=f"it, since {module} has experts")
+        if config.layers is not None and layer not in config.layers:
+            expected = f"{layer}, since {module} has experts"
+            raise InvalidField(config.file, "router_layers_index", found=f"no {layer}", expected=expected)
+    for layer in sorted(layers):
+        for name in config.routed:
+            if (layer, name) not in found:
+                expected = "experts and a gate for each of router_layers"
+                raise IncompletePair(config.file, f"layer {layer}: {name}", found="no experts", expected=expected)
