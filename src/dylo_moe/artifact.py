@@ -60,7 +60,7 @@ def download_artifact(name: str, root: str | Path | None = None, *, timeout: flo
     except OSError as error:
         advice = f"set {CACHE_VARIABLE} to a directory on a disk with room that you can write to"
         raise ArtifactError(name, f"{error.filename or home}: {error.strerror}", advice) from None
-    return _checkpoint_in(place)
+    return checkpoint_in(place)
 
 
 def _cache(root: str | Path | None) -> Path:
@@ -115,7 +115,7 @@ def _settings_file() -> Path:
     return Path(os.environ.get("WANDB_CONFIG_DIR") or "~/.config/wandb").expanduser().absolute() / "settings"
 
 
-def _checkpoint_in(place: Path) -> Path:
+def checkpoint_in(place: Path) -> Path:
     """The directory itself, or its best_model. The adapters of an output directory are versions of one, not a bag of LoRAs."""
     best = place / "best_model"
     if not best.is_dir():

@@ -59,7 +59,7 @@ def _stay_private(settings: Path) -> None:
 def _fetch(wandb: ModuleType, question: dict[str, Any]) -> dict[str, Any]:
     from wandb.sdk.lib.service.service_connection import WandbApiFailedError
 
-    api = _log_in(wandb, max(1, int(min(_SERVER_SECONDS, question["seconds"] / 2))))
+    api = _log_in(wandb, max(1, int(min(_SERVER_SECONDS, question["seconds"] / 4))))
     try:
         artifact = api.artifact(question["name"])
         digest = artifact.digest  # read before the manifest: afterwards the client computes it from the manifest
@@ -71,12 +71,12 @@ def _fetch(wandb: ModuleType, question: dict[str, Any]) -> dict[str, Any]:
         raise _unreachable(error) or Refused(f"its manifest cannot be read: {error}", _AGAIN) from None
     if computed != digest or not _HEX_DIGEST.fullmatch(digest):
         raise Refused(f"its manifest has the digest {computed}, not the artifact's {digest}", "do not use it: it was changed")
-    _check_entries(manifest.entries)
+    check_entries(manifest.entries)
     place = Path(question["home"]) / digest
     if place.exists():
         _verify(artifact, place, f"the copy in {place}: ", "delete it and try again")
         return {"digest": digest, "was_here": True}
-    _check_room(manifest.entries, Path(question["files"]))
+    check_room(manifest.entries, Path(question["files"]))
     try:
         artifact.download(root=question["files"], skip_cache=True)
     except (WandbApiFailedError, wandb.errors.Error, OSError, ValueError, KeyError) as error:
@@ -108,7 +108,7 @@ def _unreachable(error: BaseException) -> Refused | None:
     return None
 
 
-def _check_entries(entries: dict[str, Any]) -> None:
+def check_entries(entries: dict[str, Any]) -> None:
     """Only files that lie on the server, with names that stay inside the artifact: a reference would make the client copy any
     local file or ask any address."""
     if not entries:
@@ -126,7 +126,7 @@ def _is_inside(name: str) -> bool:
     return str(path) == name and name != "." and not path.is_absolute() and ".." not in path.parts and "\\" not in name
 
 
-def _check_room(entries: dict[str, Any], target: Path) -> None:
+def check_room(entries: dict[str, Any], target: Path) -> None:
     needed = sum(entry.size or 0 for entry in entries.values())
     room = shutil.disk_usage(target).free
     if needed > room:

@@ -9,12 +9,16 @@ import subprocess
 import sys
 import tempfile
 from pathlib import Path
+from types import SimpleNamespace
 
+import psutil
 import pytest
 import torch
 from filelock import FileLock
 
 from dylo_moe import PeftMoEDecoder, detect_model_format, download_artifact, load_checkpoint
+from dylo_moe.artifact import checkpoint_in
+from dylo_moe.artifact_worker import Refused, check_entries
 from dylo_moe.errors import ArtifactError
 from dylo_moe.evalplus import run_codegen
 from fixtures.layouts import write_layout
@@ -92,6 +96,9 @@ def test_download_asks_for_the_artifact_only_and_leaves_only_the_cache(serve, su
     download_artifact(ARTIFACT)
     assert server.asked[:-2] == [*BEFORE_FILES, "GetArtifactMembershipFileUrls"]
     assert [list(place.iterdir()) for place in surroundings] == [[], [], []]
+    assert "wandb-core" not in [
+        p.info["name"] for p in psutil.process_iter(["name", "cwd"]) if str(tmp_path) in str(p.info["cwd"])
+    ]
     home = "artifacts/team/moe/run-output"
     assert kept(tmp_path) == [f"{home}/{server.digest}/{name}" for name in sorted(SMALL)]
 
@@ -120,11 +127,13 @@ def test_best_model_of_an_output_directory_is_the_checkpoint(serve, tmp_path):
     assert detect_model_format(place) == "dylora-full-state"
 
 
-def test_adapters_of_an_output_directory_are_no_bag_of_loras(serve, tmp_path):
-    lora = write_layout(tmp_path / "lora", write_base(tmp_path / "base", "llama"), "peft-lora")
-    files = {f"{step}/{name}": data for step in ("best_model", "checkpoint-20") for name, data in directory_files(lora).items()}
-    serve(files)
-    assert download_artifact(ARTIFACT).name == "best_model"
+def test_adapters_of_an_output_directory_are_no_bag_of_loras(tmp_path):
+    base = write_base(tmp_path / "base", "llama")
+    for step in ("best_model", "checkpoint-20"):
+        write_layout(tmp_path / "output" / step, base, "peft-lora")
+    assert detect_model_format(tmp_path / "output") == "lora-bag"
+    assert checkpoint_in(tmp_path / "output") == tmp_path / "output" / "best_model"
+    assert checkpoint_in(base) == base
 
 
 def test_server_of_the_settings_file_key_of_the_netrc_file_and_root_are_used(serve, surroundings, monkeypatch, tmp_path):
@@ -174,18 +183,13 @@ FAULTS_BEFORE_FILES = {
         "has the digest .*, not the artifact's",
     ),
     "no manifest": (set_to(entries=[1, 2]), "manifest cannot be read"),
-    "no files": (set_to(entries={}, digest=manifest_digest({})), "holds no files"),
-    "reference to a file": (lists("x", ref="file:///etc/passwd"), "'x' is a reference to 'file:///etc/passwd'"),
-    "reference to an address": (lists("x", ref="http://127.0.0.1:1/x"), "'x' is a reference to 'http"),
+    "reference": (lists("x", ref="file:///etc/passwd"), "'x' is a reference to 'file:///etc/passwd'"),
     "name above the artifact": (lists("../x"), r"file name '\.\./x', which is no place of its own"),
-    "absolute name": (lists("/tmp/x"), "file name '/tmp/x', which is no place of its own"),
-    "file inside a file": (lists("a.txt/x"), "file name 'a.txt/x', which is no place of its own"),
-    "larger than the disk": (lists("x", size=10**17), "100,000,000,000,500 bytes|bytes, but the disk .* has room for"),
+    "larger than the disk": (lists("x", size=10**17), "bytes, but the disk .* has room for"),
 }
 FAULTS_OF_FILES = {
     "missing file": (drops("a.txt"), "cannot be downloaded: 404"),
-    "server error for ever": (set_to(file_status=503), "no complete download within 4 s"),
-    "stall": (set_to(stalls=True), "no complete download within 4 s"),
+    "stall": (set_to(stalls=True), "no complete download within 8 s"),
     "connection cut": (set_to(cuts=True), "cannot be downloaded: .*IncompleteRead"),
     "truncated file": (serves("a.txt", b"hello"), "Digest mismatch for file: a.txt"),
     "other bytes": (serves("a.txt", b"HELLO" * 100), "Digest mismatch for file: a.txt"),
@@ -206,8 +210,27 @@ def test_fault_is_named_before_any_file_is_fetched(serve, tmp_path, fault):
     plant, words = FAULTS_BEFORE_FILES[fault]
     server = serve(SMALL)
     plant(server)
-    assert re.search(words, refusal(timeout=3 if server.status != 200 else 60))
+    assert re.search(words, refusal(timeout=8 if server.status != 200 else 60))
     assert server.fetched() == [] and kept(tmp_path) == []
+
+
+@pytest.mark.parametrize("name", ["/tmp/x", "../x", "a/../../x", "a//x", "./x", "x/", ".", "", "a\\x", "a.txt/x"])
+def test_name_that_is_no_place_of_its_own_is_refused(name):
+    good = {"a.txt": SimpleNamespace(ref=None), "b/c.txt": SimpleNamespace(ref=None)}
+    check_entries(good)
+    with pytest.raises(Refused, match="no place of its own"):
+        check_entries({**good, name: SimpleNamespace(ref=None)})
+
+
+@pytest.mark.parametrize("reference", ["file:///etc/passwd", "http://127.0.0.1/x", "s3://bucket/x", "wandb-artifact://0a/x"])
+def test_reference_of_any_kind_is_refused(reference):
+    with pytest.raises(Refused, match="is a reference to"):
+        check_entries({"a.txt": SimpleNamespace(ref=None), "x": SimpleNamespace(ref=reference)})
+
+
+def test_artifact_without_files_is_refused():
+    with pytest.raises(Refused, match="holds no files"):
+        check_entries({})
 
 
 @pytest.mark.parametrize("fault", FAULTS_OF_FILES)
@@ -215,7 +238,7 @@ def test_fault_of_a_file_is_named_and_nothing_is_left(serve, surroundings, tmp_p
     plant, words = FAULTS_OF_FILES[fault]
     server = serve(SMALL)
     plant(server)
-    assert re.search(words, refusal(timeout=4 if "4 s" in words else 60))
+    assert re.search(words, refusal(timeout=8 if "8 s" in words else 60))
     assert "a.txt" in server.fetched() and kept(tmp_path) == []
     assert [list(place.iterdir()) for place in surroundings] == [[], [], []]
 
@@ -237,7 +260,6 @@ def test_disk_that_takes_no_more_is_named_and_nothing_is_left(serve, tmp_path):
         ("team/nope/run-output:v0", {}, "project 'nope' not found.*; check its name"),
         ("team/moe/run-output:v7", {}, "'run-output:v7' not found.*; check its name"),
         (ARTIFACT, {"WANDB_API_KEY": "y" * 40}, "not logged in; check WANDB_API_KEY"),
-        (ARTIFACT, {"WANDB_API_KEY": "short"}, "40.* characters.*; check WANDB_API_KEY"),
         (ARTIFACT, {"WANDB_API_KEY": ""}, "no W&B API key; set WANDB_API_KEY"),
         (ARTIFACT, {"WANDB_BASE_URL": "http://127.0.0.1:9"}, "127.0.0.1:9 does not answer"),
         (ARTIFACT, {"WANDB_BASE_URL": "nonsense"}, "valid URL.*; check WANDB_BASE_URL"),
@@ -247,7 +269,7 @@ def test_wrong_name_or_setting_is_named(serve, monkeypatch, tmp_path, name, envi
     serve(SMALL)
     for variable, value in environment.items():
         monkeypatch.setenv(variable, value)
-    message = refusal(name, timeout=3 if "WANDB_BASE_URL" in environment else 60)
+    message = refusal(name, timeout=8 if "does not answer" in words else 60)
     assert re.search(words, message) and "y" * 40 not in message
     assert kept(tmp_path) == []
 
@@ -300,7 +322,7 @@ def test_samples_of_an_artifact_are_those_of_its_directory(serve, checkpoint, tm
     assert run_codegen("label", "humaneval", wandb_artifact=ARTIFACT, **options) == first
     assert Path(first).read_bytes() == written and len(server.fetched()) == len(directory_files(checkpoint))
     decoder = PeftMoEDecoder("label", "humaneval", wandb_artifact=ARTIFACT, temperature=0, dtype="float32")
-    assert decoder.model.checkpoint.path == download_artifact(ARTIFACT)
+    assert decoder.model.checkpoint.path.name == server.digest
 
 
 def test_judge_takes_an_artifact_for_a_checkpoint(serve, checkpoint, capsys):
