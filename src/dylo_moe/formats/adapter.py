@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -55,16 +55,20 @@ def read_adapter(files: CheckpointFiles, directory: Path, name: str) -> tuple[Ex
     """
     check_expert_name(name, directory)
     config = read_adapter_config(files, directory / "adapter_config.json")
-    path = weights_file(files, directory)
-    if path.suffix == ".safetensors":
-        header, tensors = files.header(path), None
-    else:
-        tensors = flat_tensors(files.pickle(path), path)
-        header = infos(tensors)
+    header, tensors, path = open_weights(files, directory)
     header, beside = split_beside(header, config, path)
     pairs = check_pairs(pair_up(header, name, path), config, path)
-    tensors = files.tensors(path) if tensors is None else tensors
-    return add_beside(build_expert(name, pairs, tensors, config, path), beside, tensors, path), config
+    read = tensors()
+    return add_beside(build_expert(name, pairs, read, config, path), beside, read, path), config
+
+
+def open_weights(files: CheckpointFiles, directory: Path) -> tuple[dict[str, TensorInfo], Callable[[], dict[str, Tensor]], Path]:
+    """The header of an adapter's weights, what reads its tensors, and the file; a pickle has no header and is read now."""
+    path = weights_file(files, directory)
+    if path.suffix == ".safetensors":
+        return files.header(path), lambda: files.tensors(path), path
+    tensors = flat_tensors(files.pickle(path), path)
+    return infos(tensors), lambda: tensors, path
 
 
 def weights_file(files: CheckpointFiles, directory: Path) -> Path:
@@ -145,7 +149,7 @@ def check_pairs(pairs: Pairs, config: AdapterConfig, file: Path) -> Pairs:
         rank, wanted = parts["A"].info.shape[0], config.rank_of(module)
         if wanted is not None and rank != wanted:
             raise ShapeMismatch(file, parts["A"].key, found=f"rank {rank}", expected=f"rank {wanted} of {config.file.name}")
-    _check_targets(pairs, config)
+    check_targets(pairs, config)
     return pairs
 
 
@@ -179,7 +183,8 @@ def _check_shapes(parts: Mapping[str, Half], file: Path) -> None:
             raise ShapeMismatch(file, parts[part].key, found=found, expected=f"{lora_b.info.shape[0]}, one per output")
 
 
-def _check_targets(pairs: Pairs, config: AdapterConfig) -> None:
+def check_targets(pairs: Mapping[str, object], config: AdapterConfig) -> None:
+    """The modules with tensors against target_modules, in both directions."""
     for module in pairs:
         if not config.covers(module):
             found = f"{str(config.targets)[:200]}, which does not cover the tensors of {module}"

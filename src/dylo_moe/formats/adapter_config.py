@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -123,19 +123,28 @@ def read_adapter_config(files: CheckpointFiles, path: Path) -> AdapterConfig:
     data = files.read_json(path)
     if data.get("peft_type") != "LORA":
         raise InvalidField(path, "peft_type", found=repr(data.get("peft_type"))[:80], expected='"LORA"')
-    _refuse_variants(data, path)
-    targets = _targets(data.get("target_modules"), files, path)
     rank_pattern = _pattern(data.get("rank_pattern"), path, "rank_pattern")
     alpha_pattern = _pattern(data.get("alpha_pattern"), path, "alpha_pattern")
-    return AdapterConfig(
-        file=path,
+    return replace(
+        common_fields(data, files, path),
         rank=parse_rank(data.get("r"), path, "r"),
         alpha=parse_alpha(data.get("lora_alpha"), path, "lora_alpha", files),
-        use_rslora=_flag(data.get("use_rslora"), path, "use_rslora"),
         rank_pattern={key: parse_rank(value, path, f"rank_pattern[{key}]") for key, value in rank_pattern.items()},
         alpha_pattern={key: parse_alpha(value, path, f"alpha_pattern[{key}]", files) for key, value in alpha_pattern.items()},
+    )
+
+
+def common_fields(data: Mapping[str, Any], files: CheckpointFiles, path: Path) -> AdapterConfig:
+    """What the configurations of LoRA and of AdaLoRA have in common: everything but ranks, alphas and their patterns."""
+    _refuse_variants(data, path)
+    targets = _targets(data.get("target_modules"), files, path)
+    return AdapterConfig(
+        file=path,
+        rank=None,
+        alpha=0.0,
+        use_rslora=_flag(data.get("use_rslora"), path, "use_rslora"),
         targets=targets,
-        excluded=_names(data.get("exclude_modules"), path, "exclude_modules"),
+        excluded=parse_names(data.get("exclude_modules"), path, "exclude_modules"),
         layers=_layers(data, path),
         layers_pattern=_layers_pattern(data, path),
         use_dora=_flag(data.get("use_dora"), path, "use_dora"),
@@ -155,11 +164,17 @@ def parse_rank(value: object, file: Path, name: str) -> int:
 
 def parse_alpha(value: object, file: Path, name: str, files: CheckpointFiles) -> float:
     """A finite number of at most a million; a negative one and 0 are worth a warning."""
-    if type(value) not in (int, float) or not abs(value) <= MAX_ALPHA:
-        raise InvalidField(file, name, found=repr(value)[:80], expected=f"a number of at most {MAX_ALPHA:,.0f}")
+    value = parse_scale(value, file, name)
     if value <= 0:
         what = "subtracts what it learned" if value < 0 else "has no effect"
-        files.warn(f"{files.relative(file)}: {name} is {value}: the expert {what}")
+        files.warn(f"{files.relative(file)}: {name} is {value:g}: the expert {what}")
+    return value
+
+
+def parse_scale(value: object, file: Path, name: str) -> float:
+    """A finite number of at most a million; everything else, bool included, is refused with InvalidField."""
+    if type(value) not in (int, float) or not abs(value) <= MAX_ALPHA:
+        raise InvalidField(file, name, found=repr(value)[:80], expected=f"a number of at most {MAX_ALPHA:,.0f}")
     return float(value)
 
 
@@ -205,7 +220,7 @@ def _targets(value: object, files: CheckpointFiles, file: Path) -> tuple[str, ..
     return tuple(name for name in value if not _is_junk(name))
 
 
-def _names(value: object, file: Path, name: str) -> tuple[str, ...] | str | None:
+def parse_names(value: object, file: Path, name: str) -> tuple[str, ...] | str | None:
     """Module names, or one pattern; None where there is nothing."""
     if value is None or value == []:
         return None
@@ -217,7 +232,7 @@ def _names(value: object, file: Path, name: str) -> tuple[str, ...] | str | None
 
 
 def _saved(value: object, file: Path) -> tuple[str, ...]:
-    names = _names(value, file, "modules_to_save")
+    names = parse_names(value, file, "modules_to_save")
     if isinstance(names, str) or not all(_PATH.fullmatch(name) for name in names or ()):
         raise InvalidField(file, "modules_to_save", found=repr(value)[:80], expected="a list of module names")
     return names or ()
@@ -231,7 +246,7 @@ def _bias(value: object, file: Path) -> str:
 
 def _layers_pattern(data: Mapping[str, Any], file: Path) -> tuple[str, ...]:
     value = data.get("layers_pattern")
-    names = _names([value] if isinstance(value, str) and value else value or None, file, "layers_pattern")
+    names = parse_names([value] if isinstance(value, str) and value else value or None, file, "layers_pattern")
     return names or ()
 
 
