@@ -11,6 +11,7 @@ from harness.subjects.protocol import Subject
 BUILT_IN = {
     "dylo-moe": "harness.subjects.dylo_moe_subject:make",
     "naive-loop": "harness.subjects.naive_loop:make",
+    "peft-xlora": "harness.subjects.peft_xlora:make",
 }
 
 
