@@ -9,7 +9,20 @@ from dataclasses import replace
 from pathlib import Path
 
 from dylo_moe.errors import HashMismatch, UnknownFormat
-from dylo_moe.formats import adamole, dylora, loramoe, mergoo, moe_peft, mola, native, peft_arrow, peft_lora, peft_xlora, xlora
+from dylo_moe.formats import (
+    adamole,
+    dylora,
+    loramoe,
+    mergoo,
+    moe_peft,
+    mola,
+    native,
+    peft_arrow,
+    peft_lora,
+    peft_poly,
+    peft_xlora,
+    xlora,
+)
 from dylo_moe.formats.adapter import check_same_sizes
 from dylo_moe.formats.base import check_experts_fit_base, resolve_base
 from dylo_moe.formats.checkpoint import (
@@ -128,7 +141,9 @@ def _read(files: CheckpointFiles, name: str, path: Path, options: ReadOptions) -
         FULL_STATE: read_full_state,
         peft_lora.LORA_FORMAT: peft_lora.read_lora,
         peft_lora.BAG_FORMAT: peft_lora.read_bag,
+        peft_lora.ADALORA_FORMAT: peft_lora.read_adalora_alone,
         peft_arrow.FORMAT: peft_arrow.read_arrow,
+        peft_poly.FORMAT: peft_poly.read_poly,
         "mixlora": moe_peft.read_mixlora,
         "moe-peft-loramoe": moe_peft.read_moe_peft_loramoe,
         "moe-peft-mola": moe_peft.read_moe_peft_mola,
