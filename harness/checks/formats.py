@@ -19,6 +19,9 @@ from harness.outcome import NotApplicable
 from harness.readings.layouts import NATIVE, layout_of
 from harness.workings import Workings, workings
 
+# Where a layout keeps its router's tensors; None where they are computed from the experts.
+ROUTER_FILES = {NATIVE: "router.safetensors", "peft-xlora": "adapter_model.safetensors", "peft-arrow": None}
+
 
 def check_detected(bench: Bench) -> None:
     """The checkpoint's format is recognised as what its files say it is.
@@ -78,24 +81,39 @@ def check_directory_untouched(bench: Bench) -> None:
 
 
 def check_bad_weights_refused(bench: Bench) -> None:
-    """A copy with one defect, a NaN, a missing expert, a missing gate, a foreign tensor, is refused in one line.
+    """A copy with one defect, a NaN, a missing expert, a missing part of the router, a foreign tensor, is refused in one line.
 
     Reason: a checkpoint that loads in part runs, and is scored, as another model.
     Tolerance: none.
     """
     w = workings(bench)
     w.need_experts()
-    if layout_of(bench.checkpoint) != NATIVE:
-        raise NotApplicable("defects are planted in the native layout only")
+    layout = layout_of(bench.checkpoint)
+    if layout not in ROUTER_FILES:
+        raise NotApplicable(f"defects are planted in the layouts {', '.join(ROUTER_FILES)} only")
     defects = {"a NaN": _plant_nan, "a missing expert": _drop_expert, "a foreign tensor": _add_foreign_tensor}
-    if w.reference.router is not None:
-        defects["a missing gate"] = _drop_gate
+    if w.reference.router is not None and ROUTER_FILES[layout] is not None:
+        defects["a router without one of its tensors"] = _drop_router_tensor
     for name, plant in defects.items():
         with tempfile.TemporaryDirectory(prefix="defect-") as directory:
             copy = Path(directory) / "checkpoint"
-            shutil.copytree(bench.checkpoint, copy)
-            plant(copy)
+            plant(*_copied(w, copy))
             _expect_refusal(w, copy, name)
+
+
+def _copied(w: Workings, copy: Path) -> tuple[Path, Path | None]:
+    """Copies the checkpoint; returns the file of its last expert and that of its router, where a file holds one."""
+    original = w.bench.checkpoint
+    shutil.copytree(original, copy)
+    layout = layout_of(copy)
+    if layout == "peft-xlora":  # its configuration names the experts' directories, absolute, and those would be read
+        config = json.loads((copy / "adapter_config.json").read_text(encoding="utf-8"))
+        places = {name: copy / Path(place).relative_to(original.resolve()) for name, place in config["adapters"].items()}
+        config["adapters"] = {name: str(place) for name, place in places.items()}
+        (copy / "adapter_config.json").write_text(json.dumps(config), encoding="utf-8")
+    directory = w.reference.artifact.adapter_directories[-1].resolve().relative_to(original.resolve())
+    router = ROUTER_FILES[layout]
+    return copy / directory / "adapter_model.safetensors", None if router is None else copy / router
 
 
 def _compare_merged(w: Workings) -> None:
@@ -134,28 +152,24 @@ def _hashes(path: Path) -> dict[str, str]:
     return {str(file): hashlib.sha256(file.read_bytes()).hexdigest() for file in files}
 
 
-def _an_expert(copy: Path) -> Path:
-    name = json.loads((copy / "moe_config.json").read_text(encoding="utf-8"))["experts"][-1]["name"]
-    return copy / "experts" / name / "adapter_model.safetensors"
-
-
-def _plant_nan(copy: Path) -> None:
-    tensors = load_file(_an_expert(copy))
+def _plant_nan(expert: Path, router: Path | None) -> None:
+    tensors = load_file(expert)
     next(iter(tensors.values())).view(-1)[0] = float("nan")
-    save_file(tensors, _an_expert(copy), metadata={"format": "pt"})
+    save_file(tensors, expert, metadata={"format": "pt"})
 
 
-def _drop_expert(copy: Path) -> None:
-    shutil.rmtree(_an_expert(copy).parent)
+def _drop_expert(expert: Path, router: Path | None) -> None:
+    shutil.rmtree(expert.parent)
 
 
-def _add_foreign_tensor(copy: Path) -> None:
-    tensors = load_file(_an_expert(copy))
+def _add_foreign_tensor(expert: Path, router: Path | None) -> None:
+    tensors = load_file(expert)
     key = next(iter(tensors)).replace(".lora_A.weight", ".base_layer.weight").replace(".lora_B.weight", ".base_layer.weight")
-    save_file({**tensors, key: torch.zeros(2, 2)}, _an_expert(copy), metadata={"format": "pt"})
+    save_file({**tensors, key: torch.zeros(2, 2)}, expert, metadata={"format": "pt"})
 
 
-def _drop_gate(copy: Path) -> None:
-    tensors = load_file(copy / "router.safetensors")
-    kept = {name: tensor for name, tensor in tensors.items() if name != "gate.weight"}
-    save_file(kept, copy / "router.safetensors", metadata={"format": "pt"})
+def _drop_router_tensor(expert: Path, router: Path | None) -> None:
+    """The first weight; a bias may rightly be absent."""
+    tensors = load_file(router)
+    lost = next(name for name in tensors if name.endswith(".weight"))
+    save_file({name: tensor for name, tensor in tensors.items() if name != lost}, router, metadata={"format": "pt"})

@@ -143,8 +143,7 @@ class Case:
     def work_limit(self) -> float:
         """Operations that the shapes demand of a routed pass: base, 2 T r (I + O) per adapter, the router, the router's features.
 
-        Mixing whole feed-forward networks demands no more: what they have in common, W x, is computed once, and by linearity
-        so is the last Linear of all of them.
+        Where whole feed-forward networks are mixed, each expert that a token may use is a pass through the network.
         """
         tokens, hidden = self.ids.shape[1], self.base.config.hidden_size
         artifact = self.bench.reference.artifact
@@ -157,7 +156,16 @@ class Case:
         head = 2 * tokens * self.base.config.vocab_size * hidden
         features = self.base_flops - head if router.features in TWO_PASS_FEATURES else 0
         features += experts if router.features == "all_experts" else 0
-        return self.base_flops + experts + gate + features
+        return self.base_flops + experts + gate + features + self._networks(tokens)
+
+    def _networks(self, tokens: int) -> int:
+        """Operations of the networks' Linears for the second and every further expert of a token."""
+        paths = tuple(f"{path}." for path in self.bench.reference.artifact.feed_forwards)
+        weights = sum(p.numel() for name, p in self.base.named_parameters() if name.startswith(paths) and p.dim() == 2)
+        per_token = self.bench.num_experts
+        if self.bench.router is not None and paths:
+            per_token = max(gate.rule.top_k or per_token for gate in self.bench.router.gates.values())
+        return 2 * tokens * weights * (per_token - 1) if paths else 0
 
 
 def _case(bench: Bench) -> Case:

@@ -73,5 +73,7 @@ def build_config(checkpoint: Checkpoint) -> MoELoraConfig:
         values = {"router_type": "gates", "routing_level": state.level}
     if state is not None:
         values["router_features"] = state.features
+    if state is not None and not isinstance(state, RouterState):
+        values["load_balance_loss_type"] = "none"  # the default is DyLoRA-MoE's loss, with which nobody else trains
     shared = checkpoint.shared.name if checkpoint.shared is not None else None
-    return MoELoraConfig(num_experts=checkpoint.num_experts, shared_adapter=shared, **values, **checkpoint.load_balance)
+    return MoELoraConfig(num_experts=checkpoint.num_experts, shared_adapter=shared, **values | dict(checkpoint.load_balance))
