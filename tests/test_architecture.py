@@ -57,6 +57,11 @@ JUDGED_ORDER = (
     "scoring",
     "results",
     "evalplus",
+    "pruning",
+    "merging",
+    "expressing",
+    "conversion",
+    "inventory",
     "cli",
 )
 

@@ -1,4 +1,4 @@
-"""`dylo-moe`: generate samples and score them, with EvalPlus's option names.
+"""`dylo-moe`: look at checkpoints and convert them; generate samples and score them, with EvalPlus's option names.
 
 Options may be written with hyphens or underscores (`--n-samples`, `--n_samples`), flags with or without a value
 (`--greedy`, `--greedy=True`), ranges as two numbers or as EvalPlus takes them (`--id-range 0 5`, `--id_range=[0,5]`).
@@ -10,12 +10,13 @@ import argparse
 import json
 import re
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import NoReturn
 
 from dylo_moe.errors import DyloMoeError
 
 DATASETS = ("humaneval", "mbpp")
+TARGETS = ("dylora", "dylo-moe", "xlora", "bag", "peft-lora")
 USER_MISTAKE = 2
 INTERRUPTED = 130
 ASSUME = "what the checkpoint's files do not record: an option of read_checkpoint, as top_k=2 or rng_seed=42; repeatable"
@@ -30,7 +31,7 @@ def main(argv: Sequence[str] | None = None) -> int:
             from dylo_moe.formats.options import parse_stated
 
             options["assume"] = parse_stated(options["assume"])
-        return {"codegen": _codegen, "evaluate": _evaluate}[arguments.command](options)
+        return {"codegen": _codegen, "evaluate": _evaluate, "inspect": _inspect, "convert": _convert}[arguments.command](options)
     except (DyloMoeError, OSError) as error:
         print(f"dylo-moe: {' '.join(str(error).split())}", file=sys.stderr)
         return USER_MISTAKE
@@ -48,7 +49,31 @@ def build_parser() -> argparse.ArgumentParser:
         command.add_argument("--dataset", required=True, choices=DATASETS)
         _add_generation(command, model_required=command is codegen)
     _add_scoring(evaluate)
+    _add_inspect(commands.add_parser("inspect", help="print what a checkpoint holds", allow_abbrev=False))
+    _add_convert(commands.add_parser("convert", help="write a checkpoint in another format", allow_abbrev=False))
     return parser
+
+
+def _add_inspect(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("checkpoint", metavar="DIR")
+    _add_flag(parser, "json", "print JSON instead of a table")
+    parser.add_argument("--expect-hash", help="refuse files whose combined SHA-256 is another")
+    _add_reading(parser)
+
+
+def _add_convert(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("checkpoint", metavar="IN")
+    parser.add_argument("target", metavar="OUT", help="a new or empty directory")
+    parser.add_argument("--to", required=True, choices=TARGETS, help="dylora (also called dylo-moe) is our own format")
+    parser.add_argument("--experts", type=_numbers(int), metavar="0,2,3", help="keep these only")
+    parser.add_argument("--merge", type=_numbers(float), metavar="0.3,0.7", help="one adapter for these weights (bag, peft-lora)")
+    _add_flag(parser, "drop-router", "allow a target that has no place for the router")
+    _add_reading(parser)
+
+
+def _add_reading(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--base-model", help="instead of the one that the checkpoint records")
+    parser.add_argument("--assume", action="append", metavar="NAME=VALUE", help=ASSUME)
 
 
 def _add_generation(parser: argparse.ArgumentParser, *, model_required: bool) -> None:
@@ -110,6 +135,18 @@ def _truth(text: str) -> bool:
     return values[text.lower()]
 
 
+def _numbers(kind: type[int] | type[float]) -> Callable[[str], list]:
+    """`0,2,3` -> [0, 2, 3]"""
+
+    def numbers(text: str) -> list:
+        try:
+            return [kind(word) for word in text.split(",")]
+        except ValueError as error:
+            raise argparse.ArgumentTypeError(f"{text!r}, but should be numbers with commas between them") from error
+
+    return numbers
+
+
 def _hyphens(word: str) -> str:
     """`--n_samples=3` -> `--n-samples=3`; anything that is not an option stays."""
     name, equals, value = word.partition("=")
@@ -131,6 +168,34 @@ def _evaluate(options: dict) -> int:
     result = evaluate(**{**backend, **options})
     if as_json and result is not None:
         print(json.dumps({name: value for name, value in result.items() if name != "eval"}))
+    return 0
+
+
+def _inspect(options: dict) -> int:
+    from rich.console import Console
+
+    from dylo_moe.formats import read_checkpoint
+    from dylo_moe.inventory import print_inventory, take_inventory
+
+    reading = {**options.get("assume", {}), "expect_hash": options.get("expect_hash")}
+    inventory = take_inventory(read_checkpoint(options["checkpoint"], **reading), options.get("base_model"))
+    if options.get("json"):
+        print(json.dumps(inventory, indent=2))
+    else:
+        print_inventory(inventory, Console())
+    return 0
+
+
+def _convert(options: dict) -> int:
+    from dylo_moe.conversion import convert_checkpoint
+    from dylo_moe.formats import read_checkpoint
+
+    checkpoint = read_checkpoint(options.pop("checkpoint"), **options.pop("assume", {}))
+    made = convert_checkpoint(checkpoint, **options)
+    for kind, lines in (("warning", checkpoint.warnings), ("note", made.notes)):
+        for line in lines:
+            print(f"dylo-moe: {kind}: {line}", file=sys.stderr)
+    print(made.path)
     return 0
 
 

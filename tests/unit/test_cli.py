@@ -59,13 +59,22 @@ def test_flag_can_be_switched_off():
 def test_every_option_is_one_of_the_function_it_goes_to():
     import inspect
 
+    from dylo_moe.conversion import convert_checkpoint
     from dylo_moe.evalplus import evaluate, run_codegen
 
     generation = set(inspect.signature(run_codegen).parameters) - {"evalperf_type"}
     scoring = set(inspect.signature(evaluate).parameters) - {"model_options"}
     commands = next(a for a in cli.build_parser()._actions if a.dest == "command").choices
     options = {name: {a.dest for a in parser._actions} - {"help", "json"} for name, parser in commands.items()}
-    assert options == {"codegen": generation, "evaluate": generation | scoring}
+    converting = set(inspect.signature(convert_checkpoint).parameters) - {"source"} | {"checkpoint", "assume"}
+    reading = {"checkpoint", "assume", "base_model", "expect_hash"}
+    assert options == {"codegen": generation, "evaluate": generation | scoring, "inspect": reading, "convert": converting}
+
+
+def test_command_offers_the_targets_that_there_are():
+    from dylo_moe.conversion import TARGETS
+
+    assert set(cli.TARGETS) == set(TARGETS)
 
 
 def test_codegen_prints_the_path_of_the_samples_and_evaluate_the_result(checkpoint, tmp_path, capsys):

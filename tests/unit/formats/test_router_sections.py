@@ -4,73 +4,16 @@ from __future__ import annotations
 
 import json
 import math
-from dataclasses import fields, replace
+from dataclasses import replace
 
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
 from dylo_moe import errors
-from dylo_moe.formats import (
-    GATE_RULES,
-    Checkpoint,
-    Expert,
-    GatesState,
-    GateState,
-    LoraPair,
-    XLoraState,
-    read_checkpoint,
-    write_native,
-)
+from dylo_moe.formats import GATE_RULES, GateState, read_checkpoint, write_native
 from tests.unit.formats import written
-
-MLPS = tuple(f"model.layers.{layer}.mlp" for layer in range(2))
-
-
-def draw(*shape, dtype=torch.float32):
-    return torch.randn(shape).to(dtype)
-
-
-def expert(name, modules=written.MODULES, rank=4):
-    return Expert(name, {module: LoraPair(draw(rank, 8), draw(8, rank), 8.0) for module in modules})
-
-
-def classifier(*, layerwise=False, bias=True, dtype=torch.float32, **settings):
-    outputs = 2 * (len(written.MODULES) if layerwise else 1)
-    layers = [(draw(o, i, dtype=dtype), draw(o, dtype=dtype) if bias else None) for o, i in ((6, 8), (6, 6), (outputs, 6))]
-    return XLoraState(tuple(layers), 2, len(written.MODULES), layerwise=layerwise, **settings)
-
-
-def gates(rule="softmax", *, bias=False, units=written.MODULES, level="linear", rows=2):
-    top_k = 1 if "topk" in rule or rule == "arrow" else None
-    adaptive = rule == "adaptive_threshold"
-
-    def gate():
-        threshold = (draw(1, 8), draw(1)) if adaptive else (None, None)
-        return GateState(draw(rows, 8), draw(rows) if bias else None, top_k, *threshold)
-
-    threshold = 0.4 if rule in ("top_p", "threshold", "adaptive_threshold") else None
-    return GatesState({unit: gate() for unit in units}, rule, 2, level, 0.5, threshold)
-
-
-def mixture(router, **changes):
-    experts = (expert("code"), expert("maths"))
-    return Checkpoint(
-        **{"path": None, "format": "dylo-moe", "base_model": "base", "experts": experts, "router": router, **changes}
-    )
-
-
-def same(ours, theirs):
-    """Equal in every field, tensors bitwise and of one dtype."""
-    if isinstance(ours, torch.Tensor):
-        return isinstance(theirs, torch.Tensor) and ours.dtype == theirs.dtype and torch.equal(ours, theirs)
-    if isinstance(ours, tuple):
-        return len(ours) == len(theirs) and all(map(same, ours, theirs))
-    if isinstance(ours, dict):
-        return list(ours) == list(theirs) and all(same(ours[key], theirs[key]) for key in ours)
-    if type(ours) in (XLoraState, GatesState, GateState, LoraPair):
-        return type(ours) is type(theirs) and all(same(getattr(ours, f.name), getattr(theirs, f.name)) for f in fields(ours))
-    return ours == theirs
+from tests.unit.formats.states import MLPS, classifier, draw, expert, gates, mixture, same
 
 
 @pytest.mark.parametrize("layerwise", [False, True])
@@ -99,7 +42,7 @@ def test_gates_of_every_rule_read_back_bit_for_bit(tmp_path, rule, bias):
 
 def test_gates_of_whole_mlps_read_back(tmp_path):
     modules = [f"{mlp}.{name}" for mlp in MLPS for name in ("up_proj", "down_proj")]
-    state = gates("softmax_topk", units=MLPS, level="feed_forward")
+    state = replace(gates("softmax_topk", units=MLPS, level="feed_forward"), activation="silu")
     source = mixture(state, experts=(expert("a", modules), expert("b", modules)))
     assert same(state, read_checkpoint(write_native(tmp_path / "x", source)).router)
 
@@ -231,6 +174,7 @@ GATE_DEFECTS = {
     "other shape": (tensors(lambda held: held.update({UNIT: draw(8, 2)})), errors.ShapeMismatch, "q_proj"),
     "NaN": (tensors(lambda held: held.update({UNIT: NAN[:2]})), errors.NonFiniteTensor, "q_proj"),
     "unknown rule": (put("rule", "argmax"), errors.InvalidField, "argmax"),
+    "activation a number": (put("activation", 3), errors.InvalidField, "activation"),
     "rule a list": (put("rule", ["softmax"]), errors.InvalidField, "rule"),
     "unknown level": (put("level", "block"), errors.InvalidField, "block"),
     "rule without its threshold": (put("rule", "top_p"), errors.InvalidField, "threshold"),
