@@ -5,7 +5,8 @@ from __future__ import annotations
 import os
 import re
 import shutil
-import signal
+import threading
+import time
 from pathlib import Path, PurePosixPath
 from types import ModuleType
 from typing import Any
@@ -29,7 +30,7 @@ class Refused(Exception):
 
 def answer(question: dict[str, Any]) -> dict[str, Any]:
     """{"digest", "was_here"}, or {"problem", "advice"}. question: name, home, files, settings, seconds."""
-    signal.alarm(int(question["seconds"]) + 5)  # for the case that nobody is left to kill this process
+    threading.Thread(target=_end_with, args=(os.getppid(),), daemon=True).start()
     _stay_private(Path(question["settings"]))
     try:
         import wandb
@@ -43,6 +44,13 @@ def answer(question: dict[str, Any]) -> dict[str, Any]:
     finally:
         for child in psutil.Process().children(recursive=True):  # the client's service, which outlives it by seconds
             child.kill()
+
+
+def _end_with(parent: int) -> None:
+    """Ends this process when nobody is left to end it."""
+    while os.getppid() == parent:
+        time.sleep(0.5)
+    os._exit(1)
 
 
 def _stay_private(settings: Path) -> None:

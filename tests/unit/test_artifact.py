@@ -8,6 +8,7 @@ import resource
 import subprocess
 import sys
 import tempfile
+import time
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -82,6 +83,18 @@ def kept(tmp_path):
     return sorted(str(path.relative_to(cache)) for path in cache.rglob("*") if path.is_file() and path.name != ".lock")
 
 
+def processes_below(directory):
+    """Names of the processes that work below a directory."""
+    return [p.info["name"] for p in psutil.process_iter(["name", "cwd"]) if str(directory) in str(p.info["cwd"])]
+
+
+def wait_until(happened, seconds=60):
+    deadline = time.monotonic() + seconds
+    while not happened():
+        assert time.monotonic() < deadline
+        time.sleep(0.1)
+
+
 def test_downloaded_checkpoint_gives_the_same_logits(serve, checkpoint):
     server = serve(directory_files(checkpoint))
     place = download_artifact(ARTIFACT)
@@ -96,9 +109,7 @@ def test_download_asks_for_the_artifact_only_and_leaves_only_the_cache(serve, su
     download_artifact(ARTIFACT)
     assert server.asked[:-2] == [*BEFORE_FILES, "GetArtifactMembershipFileUrls"]
     assert [list(place.iterdir()) for place in surroundings] == [[], [], []]
-    assert "wandb-core" not in [
-        p.info["name"] for p in psutil.process_iter(["name", "cwd"]) if str(tmp_path) in str(p.info["cwd"])
-    ]
+    assert processes_below(tmp_path / "tmpdir") == []
     home = "artifacts/team/moe/run-output"
     assert kept(tmp_path) == [f"{home}/{server.digest}/{name}" for name in sorted(SMALL)]
 
@@ -106,12 +117,9 @@ def test_download_asks_for_the_artifact_only_and_leaves_only_the_cache(serve, su
 def test_second_call_and_alias_verify_the_files_and_fetch_none(serve, tmp_path):
     server = serve(SMALL)
     first = download_artifact(ARTIFACT)
-    leftover = first.parent / ".partial-of-a-killed-process"
-    leftover.mkdir()
     server.asked.clear()
     assert download_artifact("team/moe/run-output:latest") == first
     assert server.asked == BEFORE_FILES
-    assert not leftover.exists()
     (first / "a.txt").write_bytes(b"HELLO" * 100)
     with pytest.raises(ArtifactError, match=f"the copy in {re.escape(str(first))}: .*a.txt; delete it"):
         download_artifact(ARTIFACT)
@@ -257,7 +265,6 @@ def test_disk_that_takes_no_more_is_named_and_nothing_is_left(serve, tmp_path):
 @pytest.mark.parametrize(
     ("name", "environment", "words"),
     [
-        ("team/nope/run-output:v0", {}, "project 'nope' not found.*; check its name"),
         ("team/moe/run-output:v7", {}, "'run-output:v7' not found.*; check its name"),
         (ARTIFACT, {"WANDB_API_KEY": "y" * 40}, "not logged in; check WANDB_API_KEY"),
         (ARTIFACT, {"WANDB_API_KEY": ""}, "no W&B API key; set WANDB_API_KEY"),
@@ -311,6 +318,20 @@ def test_two_processes_download_an_artifact_once(serve):
     places = {process.communicate(timeout=120)[0].strip() for process in both}
     assert len(places) == 1 and directory_files(Path(places.pop())) == SMALL
     assert sorted(server.fetched()) == sorted(SMALL)
+
+
+def test_killed_download_ends_its_client_and_the_next_one_clears_it(serve, tmp_path):
+    server = serve(SMALL)
+    server.stalls = True
+    code = f"from dylo_moe import download_artifact; download_artifact({ARTIFACT!r})"
+    process = subprocess.Popen([sys.executable, "-c", code])
+    wait_until(lambda: server.fetched())
+    process.kill()
+    process.wait()
+    wait_until(lambda: not processes_below(tmp_path / "tmpdir"))
+    server.stalls = False
+    place = download_artifact(ARTIFACT)
+    assert sorted(path.name for path in place.parent.iterdir()) == [".lock", server.digest]
 
 
 def test_samples_of_an_artifact_are_those_of_its_directory(serve, checkpoint, tmp_path, monkeypatch):
