@@ -25,6 +25,7 @@ MAX_LINES = 400
 JUDGED_ORDER = (
     "errors",
     "formats",
+    "quantised",
     "config",
     "router",
     "gates",

@@ -11,10 +11,11 @@ import torch
 from transformers import CONFIG_MAPPING, AutoConfig, AutoModelForCausalLM, PretrainedConfig, PreTrainedModel
 
 from dylo_moe.adapters import add_experts
-from dylo_moe.errors import InvalidField, ShapeMismatch
+from dylo_moe.errors import InvalidField, OptionError, ShapeMismatch
 from dylo_moe.formats import Adapters, Checkpoint, read_checkpoint
 from dylo_moe.formats.base import check_experts_fit_base, read_base, resolve_base
 from dylo_moe.model import DyLoRA_MoE, attach_router
+from dylo_moe.quantised import check_package
 from dylo_moe.replaced import add_biases
 from dylo_moe.routers import build_config, build_router
 
@@ -35,6 +36,7 @@ def load_checkpoint(  # noqa: PLR0913 - from_pretrained's own habit: one option 
     expect_hash: str | None = None,
     attn_implementation: str | None = None,
     trust_remote_code: bool = False,
+    quantization_config: Any = None,
 ) -> DyLoRA_MoE | PreTrainedModel:
     """Loads a LoRA-MoE checkpoint of any known format, in evaluation mode; experts and router are trainable, the base is not.
 
@@ -48,13 +50,14 @@ def load_checkpoint(  # noqa: PLR0913 - from_pretrained's own habit: one option 
         lora_alpha, top_k, temperature, router_features, rng_seed, genknowsub, adapters: for layouts whose files do not hold
             them, and to override; see read_checkpoint.
         expect_hash: refuse files whose hash is another.
+        quantization_config: as in from_pretrained, a BitsAndBytesConfig for example; a base that is stored quantised needs none.
 
     Returns:
         A DyLoRA_MoE; for a merged checkpoint, which has no experts, the plain transformers model. Its attribute
         `checkpoint` is the validated Checkpoint, with warnings and assumptions.
 
     Raises:
-        CheckpointError: one line, naming file and field.
+        CheckpointError: one line, naming file and field. OptionError: options that contradict one another.
     """
     checkpoint = read_checkpoint(
         path,
@@ -72,6 +75,7 @@ def load_checkpoint(  # noqa: PLR0913 - from_pretrained's own habit: one option 
         "device_map": device_map,
         "attn_implementation": attn_implementation,
         "trust_remote_code": trust_remote_code,
+        "quantization_config": quantization_config,
     }
     base, notes = _base(checkpoint, base_model, {name: value for name, value in options.items() if value is not None})
     checkpoint = replace(checkpoint, warnings=(*checkpoint.warnings, *notes))
@@ -89,6 +93,8 @@ def _base(
     checkpoint: Checkpoint, given: str | PreTrainedModel | None, options: dict[str, Any]
 ) -> tuple[PreTrainedModel, tuple[str, ...]]:
     """The base model and what there is to warn about it."""
+    if "quantization_config" in options:
+        _check_can_quantise(checkpoint, given, options["quantization_config"])
     if isinstance(given, PreTrainedModel):
         return given, ()
     if checkpoint.base_state is not None:
@@ -102,8 +108,19 @@ def _base(
     return _from_directory(location, read_base(location).config, options), notes
 
 
+def _check_can_quantise(checkpoint: Checkpoint, given: str | PreTrainedModel | None, quantization: Any) -> None:
+    if isinstance(given, PreTrainedModel):
+        raise OptionError("quantization_config has no effect on a base_model that is loaded already; quantise it when loading it")
+    if checkpoint.base_state is not None:
+        raise OptionError(
+            f"quantization_config cannot be used with {checkpoint.format}: the base comes from the checkpoint itself"
+        )
+    check_package(quantization, "the given quantization")
+
+
 def _from_directory(path: str | Path, fields: Mapping[str, Any], options: dict[str, Any]) -> PreTrainedModel:
     """A local base. Its configuration is built from the validated fields, so that none of them can name code or a kernel."""
+    check_package(fields.get("quantization_config"), Path(path) / "config.json")
     if options["trust_remote_code"]:
         return AutoModelForCausalLM.from_pretrained(path, local_files_only=True, **options)
     return AutoModelForCausalLM.from_pretrained(path, config=_as_config(fields, path), local_files_only=True, **options)

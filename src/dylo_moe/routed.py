@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from dylo_moe.errors import RoutingError, UnknownExpert
+from dylo_moe.quantised import keep_scales
 
 # None: adapters off. int: that expert alone. Tensor: (B|1, S|1, E) or (B, S, L, E). nn.Module: routes each layer's own input;
 # a ModuleList has one gate per layer, any other module is shared by all of them.
@@ -168,7 +169,7 @@ class RoutedLinear(LoraLinear):
             return result
         x = self._cast_input_dtype(x, self.lora_A[name].weight.dtype)
         if name in self.lora_variant:
-            output = self.lora_variant[name].forward(self, active_adapter=name, x=x, result=base)
+            output = self._run_variant(name, x, base)
             return (output if result is base else result + (output - base)).to(result.dtype)
         delta = self.lora_B[name](self.lora_A[name](self.lora_dropout[name](x))) * self.scaling[name]
         return (result + (delta.to(result.dtype) if self.rounds_delta else delta)).to(result.dtype)
@@ -186,9 +187,15 @@ class RoutedLinear(LoraLinear):
             result = self._add_sums(result, x, weights, sums)
         for e, name in experts:
             if name in self.lora_variant:
-                output = self.lora_variant[name].forward(self, active_adapter=name, x=x, result=base)
+                output = self._run_variant(name, x, base)
                 result = (result + weights[..., e : e + 1] * (output - base)).to(result.dtype)
         return result
+
+    def _run_variant(self, name: str, x: Tensor, base: Tensor) -> Tensor:
+        """The layer's output with this adapter alone, by PEFT's own code."""
+        output = self.lora_variant[name].forward(self, active_adapter=name, x=x, result=base)
+        keep_scales(self.get_base_layer())
+        return output
 
     def _add_sums(self, result: Tensor, x: Tensor, weights: Tensor, experts: list[tuple[int, str]]) -> Tensor:
         """Adds the experts that are sums of deltas, all of them in two matrix products."""

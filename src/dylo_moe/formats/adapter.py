@@ -214,7 +214,14 @@ def build_expert(name: str, pairs: Pairs, tensors: Mapping[str, Tensor], config:
 
 
 def check_same_sizes(experts: Iterable[Expert], path: Path) -> None:
-    """Raises ShapeMismatch when two experts adapt one module with different sizes: they belong to different base models."""
+    """Experts against one another.
+
+    Raises:
+        ShapeMismatch: two of them adapt one module with different sizes: they belong to different base models.
+        ForeignTensor: one adapts a module of which another has its own version: PEFT cannot hold both.
+    """
+    experts = tuple(experts)
+    _check_own_modules(experts, path)
     seen: dict[str, tuple[str, tuple[int, int]]] = {}
     for expert in experts:
         for module, pair in expert.modules.items():
@@ -224,6 +231,16 @@ def check_same_sizes(experts: Iterable[Expert], path: Path) -> None:
                 found = f"from {sizes[0]} to {sizes[1]}"
                 expected = f"from {wanted[0]} to {wanted[1]}, as in {first}"
                 raise ShapeMismatch(path, f"{expert.name}: {module}", found=found, expected=expected)
+
+
+def _check_own_modules(experts: tuple[Expert, ...], path: Path) -> None:
+    owners = {module: expert.name for expert in experts for module in expert.replaced}
+    for expert in experts:
+        for module in expert.modules:
+            owner = next((name for own, name in owners.items() if f".{own}." in f".{module}."), None)
+            if owner is not None:
+                found = f"an adapter on a module of which {owner} has its own version (modules_to_save)"
+                raise ForeignTensor(path, f"{expert.name}: {module}", found=found, expected="one or the other in all experts")
 
 
 def one_base_model(configs: Iterable[AdapterConfig]) -> str | None:

@@ -63,6 +63,11 @@ class BaseModel:
         return "model_type" not in self.config
 
     @property
+    def is_quantised(self) -> bool:
+        """Whether weights may be packed, so that their shapes say nothing."""
+        return self.config.get("quantization_config") is not None
+
+    @property
     def is_conv1d(self) -> bool:
         """Whether its Linears are GPT-2's Conv1D, which store the weight as (in, out)."""
         return self.config.get("model_type") == "gpt2"
@@ -241,6 +246,7 @@ def check_fit(base: BaseModel, experts: Iterable[Expert], router: RouterState | 
     for expert in experts if base.shapes else ():
         for module, pair in expert.modules.items():
             _check_pair(base, expert.name, module, pair)
+        _check_own(base, expert)
         _check_coverage(base, expert)
     hidden = base.config.get("hidden_size", base.config.get("n_embd"))
     if router is not None and router.features != "layer" and hidden and router.hidden_size != hidden:
@@ -251,6 +257,8 @@ def check_fit(base: BaseModel, experts: Iterable[Expert], router: RouterState | 
 def _check_pair(base: BaseModel, name: str, module: str, pair: LoraPair) -> None:
     shape = _weight_shape(base, module)
     field = f"{name}: {module}"
+    if base.is_quantised and (shape is None or shape[-1:] == (1,)) and _has_module(base, module):
+        return  # packed: several values in one byte, or under names of the package's own
     if shape is None:
         found = f"an adapter on a module that {base.directory.name} does not have"
         raise ShapeMismatch(base.directory, field, found=found, expected="experts of this base model")
@@ -271,8 +279,25 @@ def _weight_shape(base: BaseModel, module: str) -> tuple[int, ...] | None:
     return _embedding(base)[1] or None if module == "lm_head" else None
 
 
+def _has_module(base: BaseModel, module: str) -> bool:
+    return any(key.startswith((f"{module}.", f"{module.partition('.')[2]}.")) for key in base.shapes)
+
+
+def _check_own(base: BaseModel, expert: Expert) -> None:
+    """Modules and biases that the expert has in versions of its own, against the base's."""
+    own = {f"{module}.{name}": tensor for module, tensors in expert.replaced.items() for name, tensor in tensors.items()}
+    own |= {f"{module}.bias": tensor for module, tensor in expert.biases.items()}
+    for key, tensor in own.items():
+        shape = next((base.shapes[name] for name in (key, key.partition(".")[2]) if name in base.shapes), None)
+        if shape is None and key == "lm_head.weight":
+            shape = _embedding(base)[1]
+        if shape is not None and shape != tuple(tensor.shape):
+            found = f"shape {tuple(tensor.shape)}"
+            raise ShapeMismatch(base.directory, f"{expert.name}: {key}", found=found, expected=f"{shape}, as the base")
+
+
 def _check_coverage(base: BaseModel, expert: Expert) -> None:
-    modules = [key.removesuffix(".weight") for key in base.shapes if key.endswith(".weight")]
+    modules = dict.fromkeys(key.rpartition(".")[0] for key in base.shapes)
     for target in expert.targets:
         for module in modules:
             if ends_with(module, target) and not any(ends_with(own, module) for own in expert.modules):
