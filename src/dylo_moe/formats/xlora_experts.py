@@ -2,8 +2,8 @@
 
 PEFT names the experts "0", "1", ... and, when it saves the subdirectory of expert i, takes the digit in ".i." for that name:
 
-    up to 0.19   the expert's own tensors are all there, under keys that lost ".i" (0.15 to 0.18), beside tensors of layer i,
-                 of the other experts and of the classifier: its own are read, the others are not
+    up to 0.19   the expert's own tensors are all there, under keys that lost every ".i" (0.15) or only its name (0.18), beside
+                 tensors of layer i, of the other experts and of the classifier: its own are read, the others are not
     from 0.20    its tensors in layers that are numbered like another expert are not there, base weights are: it is lost
 """
 
