@@ -86,7 +86,7 @@ def detect(files: CheckpointFiles, path: Path) -> str:
     if not os.path.isdir(path):
         raise MissingFile(path, "", found="no such file or directory", expected="a checkpoint")
     found = _root_marks(files)
-    if found == [dylora.FORMAT, "weights"]:
+    if found == [dylora.FORMAT, "weights"] and _of_weights(files) in (FULL_STATE, MERGED):
         files.warn("peft_adapters/ was read, the model weights beside it were not")
         found = [dylora.FORMAT]
     if len(found) > 1:

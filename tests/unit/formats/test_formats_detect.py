@@ -1,10 +1,8 @@
-"""Two layouts in one directory: resolved by the documented precedence or refused, never by chance."""
+"""Which format a directory has, by what it holds; every pair of formats is in test_formats_pairs.py."""
 
 from __future__ import annotations
 
-import itertools
 import re
-import shutil
 
 import pytest
 import torch
@@ -37,47 +35,12 @@ WRITERS = {
     "lora-bag": _bag,
     "dylora-bundle": _bundle,
 }
-# Pairs that a real program writes into one directory, and what the directory then is; every other pair is refused.
-RESOLVED = {
-    frozenset({"dylora-separated", "dylora-full-state"}): "dylora-separated",
-    frozenset({"dylo-moe", "lora-bag"}): "dylo-moe",
-    frozenset({"dylora-separated", "lora-bag"}): "dylora-separated",
-    frozenset({"dylora-full-state", "lora-bag"}): "dylora-full-state",
-    frozenset({"merged", "lora-bag"}): "merged",
-    frozenset({"peft-lora", "lora-bag"}): "peft-lora",
-    frozenset({"dylora-bundle", "lora-bag"}): "dylora-bundle",
-}
 
 
 @pytest.mark.parametrize("name", WRITERS)
 def test_each_layout_alone_is_detected(tmp_path, name):
     WRITERS[name](tmp_path)
     assert detect_model_format(tmp_path) == name
-
-
-@pytest.mark.parametrize("pair", list(itertools.combinations(WRITERS, 2)), ids=" and ".join)
-def test_two_layouts_in_one_directory_are_resolved_by_rule_or_refused(tmp_path, pair):
-    outcomes = set()
-    for number, order in enumerate((pair, pair[::-1])):
-        path = tmp_path / str(number)
-        path.mkdir()
-        for name in order:
-            part = tmp_path / f"{number}-{name}"
-            part.mkdir()
-            WRITERS[name](part)
-            shutil.copytree(part, path, dirs_exist_ok=True)
-        try:
-            outcomes.add(detect_model_format(path))
-        except UnknownFormat as error:
-            outcomes.add("refused")
-            assert "marks of" in str(error) or "router" in str(error)
-    expected = RESOLVED.get(frozenset(pair), "refused")
-    if {"merged", "dylora-full-state"} == set(pair):
-        expected = "overwritten"  # both are model.safetensors: the last one written is the only one there is
-        outcomes = {"overwritten"} if len(outcomes) == 2 else outcomes
-    if {"merged", "dylora-separated"} == set(pair):
-        expected = "dylora-separated"  # as with a full state: D4c, whatever the weights beside it are
-    assert outcomes == {expected}
 
 
 def test_adapters_beside_another_mark_decide_nothing_but_are_mentioned(tmp_path):
