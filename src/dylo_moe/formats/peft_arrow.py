@@ -54,6 +54,7 @@ def read_arrow(files: CheckpointFiles, options: ReadOptions) -> Checkpoint:
         CheckpointError: any of its subclasses, naming file and field.
     """
     routing = _routing(files, options)
+    files.assumptions["rng_device"] = "cpu"
     names = (*routing.experts, *routing.general)
     directories = [files.root / name for name in names]
     for name, directory in zip(names, directories, strict=True):
@@ -81,8 +82,8 @@ def prototype(pair: LoraPair, rng_seed: int) -> Tensor:
     """(in_features,) float32: where the expert's delta acts most, as PEFT 0.21 finds it.
 
     15 steps of power iteration on (B A)^T (B A) from a seeded normal vector. They do not converge, so the result depends on
-    the seed and is not the singular vector; only the same steps give the same gate. PEFT draws on the device of its model:
-    these are the prototypes of a model on a CPU.
+    the seed and is not the singular vector; only the same steps give the same gate. PEFT draws on the device of its model, where
+    a seed means other numbers: these are the prototypes of a model on a CPU.
     """
     lora_A, lora_B = pair.lora_A.float(), pair.lora_B.float()
     gram = lora_B.T @ lora_B

@@ -18,6 +18,7 @@ from harness.specimens import write_base
 from harness.specimens.arrow import write_arrow_checkpoint
 
 SEED = 42
+CPU = {"rng_device": "cpu"}
 
 
 @pytest.fixture(scope="module")
@@ -76,7 +77,7 @@ def test_logits_equal_pefts(base, tmp_path, ids, num_experts, top_k, temperature
     path = write_arrow_checkpoint(tmp_path / "a", base, num_experts=num_experts, top_k=top_k, temperature=temperature)
     model = load_checkpoint(path)
     assert model.expert_names == [f"task_{i}" for i in range(num_experts)]
-    assert (model.checkpoint.format, model.checkpoint.warnings, model.checkpoint.assumptions) == ("peft-arrow", (), {})
+    assert (model.checkpoint.format, model.checkpoint.warnings, model.checkpoint.assumptions) == ("peft-arrow", (), CPU)
     assert_as_exact_as_peft(model, directory=path, base=base, ids=ids)
 
 
@@ -101,8 +102,8 @@ def test_general_adapters_are_subtracted_once_whether_saved_before_or_after_a_fo
     peft(ids)
     peft.save_pretrained(tmp_path / "after")
     before, after = load_checkpoint(tmp_path / "before"), load_checkpoint(tmp_path / "after")
-    assert before.checkpoint.assumptions == {"genknowsub": "subtract"}
-    assert after.checkpoint.assumptions == {"genknowsub": "subtracted"}
+    assert before.checkpoint.assumptions == {**CPU, "genknowsub": "subtract"}
+    assert after.checkpoint.assumptions == {**CPU, "genknowsub": "subtracted"}
     assert "not subtracted again" in after.checkpoint.warnings[0]
     assert_as_exact_as_peft(before, after, load_checkpoint(path), directory=path, base=base, ids=ids)
 
@@ -164,7 +165,7 @@ def test_without_a_seed_it_is_refused_unless_one_is_given(base, tmp_path, ids):
     with pytest.raises(CheckpointError, match="arrow_config.rng_seed: found null, expected a seed: .* option rng_seed"):
         read_checkpoint(path)
     model = load_checkpoint(path, rng_seed=SEED)
-    assert model.checkpoint.assumptions == {"rng_seed": SEED}
+    assert model.checkpoint.assumptions == {**CPU, "rng_seed": SEED}
     assert_as_exact_as_peft(model, directory=path, base=base, ids=ids)
 
 
@@ -173,7 +174,7 @@ def test_a_given_seed_wins_over_the_recorded_one_with_a_warning(base, tmp_path):
     other = write_arrow_checkpoint(tmp_path / "b", base, rng_seed=7)
     given, want = read_checkpoint(path, rng_seed=7), read_checkpoint(other, rng_seed=7)
     assert "rng_seed 7 was given and used, while arrow_router/adapter_config.json records 42" in given.warnings
-    assert (given.assumptions, want.assumptions, want.warnings) == ({"rng_seed": 7}, {}, ())
+    assert (given.assumptions, want.assumptions, want.warnings) == ({**CPU, "rng_seed": 7}, CPU, ())
     for name, gate in given.router.gates.items():
         assert torch.equal(gate.weight, want.router.gates[name].weight)
         assert not torch.equal(gate.weight, read_checkpoint(path).router.gates[name].weight)
