@@ -11,7 +11,8 @@ import torch
 from transformers import CONFIG_MAPPING, AutoConfig, AutoModelForCausalLM, PretrainedConfig, PreTrainedModel
 
 from dylo_moe.adapters import add_experts
-from dylo_moe.errors import InvalidField, OptionError, ShapeMismatch
+from dylo_moe.errors import InvalidField, OptionError, ShapeMismatch, one_line
+from dylo_moe.expert import expert_order
 from dylo_moe.formats import Adapters, Checkpoint, read_checkpoint
 from dylo_moe.formats.base import check_experts_fit_base, read_base, resolve_base
 from dylo_moe.model import DyLoRA_MoE, attach_router
@@ -82,11 +83,25 @@ def load_checkpoint(  # noqa: PLR0913 - from_pretrained's own habit: one option 
     if not checkpoint.experts:
         base.checkpoint = checkpoint
         return base.eval()
+    checkpoint = _named_in_order(checkpoint)
     peft_model = add_experts(base, checkpoint.adapters)
     model = attach_router(peft_model, build_router(checkpoint, base), build_config(checkpoint))
     add_biases(model.causal_lm, {expert.name: expert.biases for expert in checkpoint.experts}, model.features)
     model.checkpoint = replace(checkpoint, warnings=(*checkpoint.warnings, *model.notes))
     return model.eval()
+
+
+def _named_in_order(checkpoint: Checkpoint) -> Checkpoint:
+    """Names that keep the experts in the order of the router's columns.
+
+    A routed model orders the names task_1, task_0 by their numbers (see expert_order), a checkpoint need not.
+    """
+    names = [expert.name for expert in checkpoint.experts]
+    if expert_order(names) == names:
+        return checkpoint
+    experts = tuple(replace(expert, name=f"{index}_{expert.name}") for index, expert in enumerate(checkpoint.experts))
+    note = f"the experts {', '.join(names)} are in this order; they are called {experts[0].name}, ... so that they stay in it"
+    return replace(checkpoint, experts=experts, warnings=(*checkpoint.warnings, one_line(note)))
 
 
 def _base(

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import warnings
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -12,6 +13,7 @@ from transformers import AutoModelForCausalLM, PreTrainedModel
 
 from dylo_moe import detect_model_format, load_checkpoint
 from dylo_moe.errors import BaseModelUnknown, RoutingError
+from dylo_moe.formats import read_checkpoint, write_native
 from fixtures.layouts import LAYOUTS, write_layout
 from harness.specimens import write_base, write_checkpoint
 
@@ -52,6 +54,18 @@ def test_layout_loads_and_equals_the_native_layout_expert_by_expert(layout, base
         else:
             with pytest.raises(RoutingError, match="no router"):
                 model(ids)
+
+
+def test_numbered_experts_in_another_order_keep_the_routers_columns(base, tmp_path, ids):
+    forward = read_checkpoint(write_checkpoint(tmp_path / "a", base, num_experts=NUM_EXPERTS))
+    router = replace(forward.router, weight=forward.router.weight.flip(0), bias=forward.router.bias.flip(0))
+    backward = write_native(tmp_path / "b", replace(forward, experts=forward.experts[::-1], router=router))
+    first, second = load_checkpoint(tmp_path / "a"), load_checkpoint(backward)
+    assert second.expert_names == ["0_expert_2", "1_expert_1", "2_expert_0"]
+    assert any("expert_2, expert_1, expert_0" in line for line in second.checkpoint.warnings)
+    with torch.no_grad():
+        assert torch.equal(first(ids, expert_id=0).logits, second(ids, expert_id=2).logits)
+        assert (first(ids).logits - second(ids).logits).abs().max() < 1e-5
 
 
 @pytest.mark.parametrize("layout", [layout for layout in LAYOUTS if layout.has_router], ids=lambda layout: layout.name)
