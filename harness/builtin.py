@@ -12,8 +12,11 @@ from pathlib import Path
 import torch
 from transformers import LlamaConfig, LlamaForCausalLM
 
+from harness.readings.layouts import NATIVE
 from harness.specimens import write_base, write_checkpoint
+from harness.specimens.arrow import write_arrow_checkpoint
 from harness.specimens.competence import plant
+from harness.specimens.xlora import XLoraChoices, write_xlora_checkpoint
 
 MEASURED = ("speed.*", "memory.*")
 # What random experts answer is nobody's known answer.
@@ -22,12 +25,14 @@ SCORED = ("evaluation.*",)
 COMPILED = ("training.compile_equal",)
 DECODED = ("decoder.*",)
 UNTOLD = MEASURED + SCORED + COMPILED + DECODED
+# Work is counted in every format: each has its own passes.
+DESCRIBED = SCORED + COMPILED + DECODED
 
 
 @dataclass(frozen=True)
 class Exhibit:
     """One thing to judge. `write` makes it in an empty directory and returns the checkpoint; `checks` are globs of ids, `without`
-    too.
+    too. layout: the format in which it is written.
     """
 
     name: str
@@ -35,6 +40,7 @@ class Exhibit:
     checks: tuple[str, ...] = ("*",)
     without: tuple[str, ...] = ()
     is_users: bool = False
+    layout: str = NATIVE
 
     def wants(self, check: str) -> bool:
         chosen, excluded = (any(fnmatchcase(check, glob) for glob in globs) for globs in (self.checks, self.without))
@@ -71,6 +77,16 @@ def _qwen_twelve_experts(directory: Path) -> Path:
 def _single_expert_without_router(directory: Path) -> Path:
     base = write_base(directory / "base", "llama", seed=1)
     return write_checkpoint(directory / "moe", base, num_experts=1, router=False)
+
+
+def _xlora(directory: Path) -> Path:
+    """Two Linears in the classifier, a decision per layer, and scalings that do not sum to 1."""
+    choices = XLoraChoices(xlora_depth=2, layerwise_scalings=True, top_k_lora=2, softmax_temperature=0.8)
+    return write_xlora_checkpoint(directory / "moe", write_base(directory / "base", "llama", seed=2), choices=choices)
+
+
+def _arrow(directory: Path) -> Path:
+    return write_arrow_checkpoint(directory / "moe", write_base(directory / "base", "llama", seed=3), num_experts=3)
 
 
 def _large_enough_to_time(directory: Path) -> Path:
@@ -112,6 +128,13 @@ BUILT_IN = (
     Exhibit("gpt2, 8 experts, mixed ranks, rsLoRA, top-2", _gpt2_rank_stabilised, without=UNTOLD),
     Exhibit("qwen, 12 experts, a router decision per layer, top-3", _qwen_twelve_experts, without=UNTOLD),
     Exhibit("llama, 1 expert, no router", _single_expert_without_router, without=UNTOLD),
+    Exhibit("llama, 4 experts, PEFT X-LoRA, layerwise, top-2", _xlora, without=DESCRIBED, layout="peft-xlora"),
+    Exhibit("llama, 3 experts, PEFT Arrow, top-2", _arrow, without=DESCRIBED, layout="peft-arrow"),
     Exhibit("llama, 8 experts, large enough to time", _large_enough_to_time, checks=MEASURED),
     Exhibit("planted competence, 3 experts that know disjoint tasks", _planted_competence, checks=("evaluation.*",)),
 )
+
+
+def exhibits_for(subject: object) -> tuple[Exhibit, ...]:
+    """Those that are written in a format which the subject says it reads; the native one where it says nothing."""
+    return tuple(exhibit for exhibit in BUILT_IN if exhibit.layout in getattr(subject, "formats", (NATIVE,)))

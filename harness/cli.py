@@ -88,7 +88,7 @@ def _judge(options: argparse.Namespace, laws: Sequence[Law], gate: Gate, command
 
 
 def _settings(options: argparse.Namespace, laws: Sequence[Law], gate: Gate, command: Sequence[str]) -> Settings:
-    from harness.builtin import BUILT_IN, users_exhibit
+    from harness.builtin import exhibits_for, users_exhibit
     from harness.docket import Settings
     from harness.subjects import find_subject
 
@@ -99,7 +99,11 @@ def _settings(options: argparse.Namespace, laws: Sequence[Law], gate: Gate, comm
         raise Unusable(f"--subject: {error}") from error
     if options.expect_hash and len(options.checkpoint) != 1:
         raise Unusable(f"--expect-hash: needs exactly one --checkpoint, found {len(options.checkpoint)}")
-    stated = {name: getattr(options, name) for name in ("lora_alpha", "top_k", "temperature", "router_features")}
+    exhibits = [users_exhibit(path) for path in options.checkpoint] or exhibits_for(subject)
+    if not exhibits:
+        formats = ", ".join(subject.formats) or "no format"
+        raise Unusable(f"--subject: {options.subject} reads {formats}, of which there is no specimen: name a --checkpoint")
+    stated = {name: getattr(options, name) for name in ("lora_alpha", "top_k", "temperature", "router_features", "rng_seed")}
     if options.seed < 0:
         raise Unusable(f"--seed: found {options.seed}, expected 0 or more")
     return Settings(
@@ -107,7 +111,7 @@ def _settings(options: argparse.Namespace, laws: Sequence[Law], gate: Gate, comm
         subject=subject,
         laws=laws,
         gate=gate,
-        exhibits=[users_exhibit(path) for path in options.checkpoint] or BUILT_IN,
+        exhibits=exhibits,
         base_model=options.base_model,
         device=_device(options.device),
         dtype=options.dtype,

@@ -48,10 +48,11 @@ def parser() -> argparse.ArgumentParser:
         "--subject", default="dylo-moe", metavar="NAME", help="implementation: dylo-moe, naive-loop or package.module:factory"
     )
     what.add_argument("--expect-hash", metavar="SHA256", help="refuse the checkpoint unless its hash is this")
-    what.add_argument("--lora-alpha", type=float, help="state what no file of the checkpoint records; likewise the next three")
+    what.add_argument("--lora-alpha", type=float, help="state what no file of the checkpoint records; likewise the next four")
     what.add_argument("--top-k", type=int)
     what.add_argument("--temperature", type=float)
     what.add_argument("--router-features", choices=FEATURES)
+    what.add_argument("--rng-seed", type=int, help="of Arrow's prototypes")
     which = made.add_argument_group("which checks")
     which.add_argument("--only", action="append", default=[], metavar="IDS", help="ids or globs, comma separated; repeatable")
     which.add_argument("--list", action="store_true", help="print every check's id and statement")
@@ -90,7 +91,8 @@ def _add_outputs(made: argparse.ArgumentParser) -> None:
 def reproduction(options: argparse.Namespace) -> str:
     """The options that change what a check sees, as a command line; `--checkpoint` is added per checkpoint."""
     words = []
-    for name in ("base_model", "subject", "lora_alpha", "top_k", "temperature", "router_features", "device", "dtype", "seed"):
+    stated = ("lora_alpha", "top_k", "temperature", "router_features", "rng_seed")
+    for name in ("base_model", "subject", *stated, "device", "dtype", "seed"):
         value = getattr(options, name)
         if value is not None and value != parser().get_default(name):
             words += [f"--{name.replace('_', '-')}", str(value)]

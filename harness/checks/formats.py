@@ -59,6 +59,7 @@ def check_expert_saved_loads_in_stock_peft(bench: Bench) -> None:
     """
     w = workings(bench)
     w.need_experts()
+    w.need_native()
     save = w.need_method(w.model, "save_pretrained")
     layers = w.need_method(w.model, "routed_layers")()
     with tempfile.TemporaryDirectory(prefix="saved-") as directory:

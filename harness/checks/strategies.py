@@ -50,7 +50,7 @@ def check_router_equals_recompute(bench: Bench) -> None:
     Reason: upstream chose one expert for the whole text from a mean over the prompt; a stale cache looks the same.
     Tolerance: none but a near tie, of logits or of the routing.
     """
-    w = _generating(bench)
+    w = _generating(bench, "router")
     w.need_router()
     for prompt in bench.prompts:
         want, _ = w.reference.greedy(prompt, NEW_TOKENS)
@@ -69,7 +69,7 @@ def check_best_is_lowest_prompt_loss(bench: Bench) -> None:
     Reason: taking the router's favourite, or a loss under the sum of experts, is not this.
     Tolerance: losses nearer than the bound on logits are a tie and the prompt is set aside; texts as above.
     """
-    w = _generating(bench)
+    w = _generating(bench, "best")
     chosen, decided = [], 0
     for prompt in bench.prompts:
         losses = w.reference.expert_losses(prompt)
@@ -91,7 +91,7 @@ def check_ensemble_equals_mixture(bench: Bench) -> None:
     Reason: averaging logits, or routing once more, gives other texts; upstream's `ensemble` was its router.
     Tolerance: none but a near tie of probabilities, within twice what the bound on logits can move one.
     """
-    w = _generating(bench)
+    w = _generating(bench, "ensemble")
     for prompt in bench.prompts if w.experts <= FEW else bench.prompts[:1]:
         want, _ = w.reference.greedy(prompt, NEW_TOKENS, w.reference.ensemble_probabilities)
         _same_text(w, _generate(w, prompt, strategy="ensemble"), want, prompt, w.reference.ensemble_probabilities)
@@ -105,7 +105,7 @@ def check_ensemble_samples_mixture(bench: Bench) -> None:
     Tolerance: Hoeffding's bound on the shares of the likeliest tokens, over all of them, at a false-alarm rate of 1e-6;
     the smallest share that is surely detected is twice that, and is in the evidence.
     """
-    w = _generating(bench)
+    w = _generating(bench, "ensemble")
     prompt = bench.prompts[3]
     torch.manual_seed(bench.seed)
     options = {"do_sample": True, "num_return_sequences": SAMPLES, "max_new_tokens": 1, "pad_token_id": 0}
@@ -125,7 +125,7 @@ def check_round_robin(bench: Bench) -> None:
     Reason: a resumed run that starts again at expert 0 gives some experts more samples than others, and another pass@k.
     Tolerance: none but a near tie.
     """
-    w = _generating(bench)
+    w = _generating(bench, "round_robin")
     w.need_option(w.model.generate, "first_sample")
     for first in (0, w.experts + 1):
         ids, mask = bench.batch("left")
@@ -146,7 +146,8 @@ def check_one_expert_all_agree(bench: Bench) -> None:
     router = w.permuted_router([0])
     model = w.load(w.variant(w.reference.experts[:1], router))
     prompt = bench.prompts[0]
-    legal = ["single:0", "best", "ensemble", "round_robin", *(["router"] if router and router.sums_to_one else [])]
+    legal = ["single:0", *(name for name in ("best", "ensemble", "round_robin") if w.can(name))]
+    legal += ["router"] if router is not None and router.sums_to_one else []
     for strategy in legal:
         rows = model.generate(prompt[None], torch.ones_like(prompt)[None], strategy=strategy, **_greedy(w))
         _same_as_expert(w, rows[0, len(prompt) :].tolist(), prompt, 0)
@@ -160,7 +161,8 @@ def check_illegal_strategies_refused(bench: Bench) -> None:
     """
     w = _generating(bench)
     prompt = bench.prompts[3]
-    names = ["single", "best", "ensemble", "round_robin", *(["router"] if w.reference.router else [])]
+    names = [name for name in ("single", "best", "ensemble", "round_robin", "router") if w.can(name)]
+    names = names if w.reference.router else [name for name in names if name != "router"]
     for pattern in ILLEGAL:
         strategy = pattern.format(experts=w.experts)
         refusal = _refusal(w, prompt, strategy)
@@ -177,7 +179,7 @@ def check_batch_equals_rows(bench: Bench) -> None:
     w = _generating(bench)
     strategies_here = ["router"] if w.reference.router else []
     strategies_here += ["best", "ensemble"] if w.experts <= FEW else ["best"]
-    for strategy in strategies_here:
+    for strategy in filter(w.can, strategies_here):
         _compare_batch(w, strategy)
 
 
@@ -240,10 +242,11 @@ def _compare_routed_beams(w: Workings) -> None:
         assert_within(scores[0], scores[1], 2 * len(texts[0]) * w.bound, what=what)
 
 
-def _generating(bench: Bench) -> Workings:
+def _generating(bench: Bench, strategy: str = "single") -> Workings:
     w = workings(bench)
     w.need_experts()
     w.need_method(w.model, "generate")
+    w.need_strategy(strategy)
     return w
 
 

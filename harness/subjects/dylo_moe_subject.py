@@ -13,6 +13,7 @@ from dylo_moe import detach_router, detect_model_format, load_checkpoint
 
 class DyloMoeSubject:
     name = "dylo-moe"
+    formats = ("dylo-moe", "peft-xlora", "peft-arrow")
 
     def load(
         self,

@@ -86,6 +86,7 @@ class NaiveLoopModel(LoopModel):
 
 class NaiveLoopSubject:
     name = "naive-loop"
+    formats = ("dylo-moe", "peft-xlora", "peft-arrow")
 
     def load(
         self,
@@ -97,13 +98,13 @@ class NaiveLoopSubject:
         assume: Mapping[str, object] | None = None,
     ) -> nn.Module:
         artifact = read_artifact(Path(checkpoint), base_model, assume)
-        return NaiveLoopModel(artifact, _dtype(dtype)).to(device)
+        return NaiveLoopModel(artifact, as_dtype(dtype)).to(device)
 
     def detach(self, model: NaiveLoopModel) -> PreTrainedModel:
         return model.unwrapped()
 
 
-def _dtype(wanted: str | None) -> torch.dtype:
+def as_dtype(wanted: str | None) -> torch.dtype:
     """float32 unless named: the loop is the plain version of everything else."""
     return torch.float32 if wanted in (None, "auto") else getattr(torch, str(wanted).removeprefix("torch."))
 

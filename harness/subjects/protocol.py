@@ -1,6 +1,11 @@
 """What an implementation has to offer to be judged.
 
 Only `name` and `load` are required; what else is missing makes the checks that need it "not applicable".
+
+A subject may also say what it does not do:
+    formats: names of the checkpoint formats that it reads, of dylo_moe.formats; the native one, "dylo-moe", unless it says so.
+        Without --checkpoint it is judged on specimens in these formats; laws that compare two checkpoints need the native one.
+    strategies: those that `generate` knows; all of them unless it says so.
 """
 
 from __future__ import annotations
@@ -23,7 +28,10 @@ class Subject(Protocol):
         model.generate(input_ids, attention_mask, *, strategy, first_sample=0, max_new_tokens, do_sample,
             num_return_sequences, ...) -> (rows, S + new) token ids
             strategy "router", "single:<i>", "best", "ensemble" or "round_robin"
-        model.num_experts, model.config, model.router, model.last_routing_weights (B, S, E) or (B, S, L, E)
+        model.num_experts, model.config, model.last_routing_weights (B, S, E) or (B, S, L, E)
+        model.router, whose parameters are the gate's weight and bias; of an X-LoRA classifier those of each Linear; of gates per
+            routed unit those of each in turn, in the base model's order of modules (and then of AdaMoLE's threshold gate)
+        model.expert_names, adapter names in the order of the weights' columns; the checkpoint's own unless it is there
         model.routed_layers() -> {path in the base model: layer}
             layer.mix(x (B, S, in), weights (B, S, E)) -> (B, S, out)
             layer.base_layer.weight, layer.lora_A[name].weight, layer.lora_B[name].weight, layer.scaling[name]
@@ -43,7 +51,7 @@ class Subject(Protocol):
     ) -> nn.Module:
         """The routed model of a checkpoint, on `device`, in `dtype` (the checkpoint's own for None).
 
-        assume: what the user states because no file records it, any of lora_alpha, top_k, temperature, router_features.
+        assume: what the user states because no file records it, any of lora_alpha, top_k, temperature, router_features, rng_seed.
         """
         ...
 
