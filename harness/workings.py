@@ -111,10 +111,7 @@ class Workings:
 
     def variant(self, experts: Sequence[Mapping[str, Adapter]] | None = None, router: Router | None | str = "as it is") -> Path:
         """A copy of the checkpoint in the native layout, with other experts or another router; deleted when the judge ends."""
-        if NATIVE not in getattr(self.bench.subject, "formats", (NATIVE,)):
-            raise NotApplicable(
-                "the law needs a changed copy of the checkpoint, in the native layout, which the subject does not read"
-            )
+        self.need_native()
         artifact = replace(self.reference.artifact, base=self._base_directory)
         layers = self.reference.model.routed_layers().values()
         return write_variant(
@@ -152,7 +149,10 @@ class Workings:
         """The model's logits, (B, S, V), for these or for the usual inputs; by its router where no routing is given."""
         if ids is None:
             ids, mask = self.ids, self.mask
-        return model(ids, mask, **(routing or self.default_routing)).logits
+        routing = routing or self.default_routing
+        for option in routing:
+            self.need_option(model.forward, option)
+        return model(ids, mask, **routing).logits
 
     @property
     def default_routing(self) -> dict[str, object]:
@@ -246,6 +246,10 @@ class Workings:
         if self.experts < at_least:
             raise NotApplicable(f"the checkpoint has {self.experts} experts, the law is about {at_least} or more")
 
+    def need_native(self) -> None:
+        if NATIVE not in getattr(self.bench.subject, "formats", (NATIVE,)):
+            raise NotApplicable("the law needs the native layout, which the subject does not read")
+
     def need_router(self) -> None:
         self.need_experts()
         if self.reference.router is None:
@@ -258,10 +262,25 @@ class Workings:
             raise NotApplicable(f"the subject has no {name}")
         return found
 
+    def can(self, strategy: str) -> bool:
+        """Whether the subject generates by this strategy, "single" without its number."""
+        known = getattr(self.bench.subject, "strategies", None)
+        return known is None or any(name.partition(":")[0] == strategy for name in known)
+
+    def need_strategy(self, strategy: str) -> None:
+        if not self.can(strategy):
+            raise NotApplicable(f"the subject has no strategy {strategy}")
+
     def need_option(self, function: Callable, name: str) -> None:
         parameters = inspect.signature(function).parameters
         if name not in parameters and not any(p.kind is p.VAR_KEYWORD for p in parameters.values()):
             raise NotApplicable(f"the subject's {getattr(function, '__name__', 'function')} has no option {name}")
+
+    def used_weights(self, model: nn.Module) -> Tensor:
+        """The routing weights of the model's last pass, (B, S, E) or (B, S, L, E)."""
+        if not hasattr(model, "last_routing_weights"):
+            raise NotApplicable("the subject does not say which routing weights it used")
+        return model.last_routing_weights
 
     def need_units_to_be_linears(self) -> None:
         if self.reference.artifact.feed_forwards:

@@ -46,7 +46,7 @@ def check_train_eval_modes(bench: Bench) -> None:
     before = w.ask(model)
     model.train()
     w.ask(model)
-    got = as_float64(model.last_routing_weights)
+    got = as_float64(w.used_weights(model))
     model.eval()
     assert_bitwise(w.ask(model), before, what="logits after train() and eval()")
     router = w.reference.router
@@ -117,7 +117,7 @@ def _compare_balance(w: Workings, model: nn.Module) -> None:
         output = model(w.ids, w.mask, labels=w.ids.masked_fill(w.mask == 0, -100))
     if getattr(output, "aux_loss", None) is None:
         raise NotApplicable("the subject returns no aux_loss")
-    weights = as_float64(model.last_routing_weights)[w.valid]
+    weights = as_float64(w.used_weights(model))[w.valid]
     want = balance.loss(weights, kind)
     terms = weights.reshape(-1, w.experts).shape[0] + w.experts + 4
     bound = dot_bound(terms, w.dtype, balance.sensitivity(weights, kind)) + (terms * UNIT_ROUNDOFF[w.dtype]) ** 2

@@ -11,7 +11,9 @@ from harness.subjects.protocol import Subject
 BUILT_IN = {
     "dylo-moe": "harness.subjects.dylo_moe_subject:make",
     "naive-loop": "harness.subjects.naive_loop:make",
+    "multi-pass": "harness.subjects.multi_pass:make",
     "peft-xlora": "harness.subjects.peft_xlora:make",
+    "peft-arrow": "harness.subjects.peft_arrow:make",
 }
 
 
