@@ -80,7 +80,7 @@ def read_mergoo(files: CheckpointFiles, options: ReadOptions) -> Checkpoint:
     return Checkpoint(
         path=files.root,
         format=FORMAT,
-        base_model=optional_text(config.base.get("_name_or_path"), config.file, "_name_or_path"),
+        base_model=config.adapters[0].base_model,
         experts=experts,
         router=router,
         base_config=config.base,
@@ -125,8 +125,13 @@ def _adapter(value: object, files: CheckpointFiles, path: Path, name: str) -> Ad
     for field in ("rank_pattern", "alpha_pattern"):
         if value.get(field):
             files.warn(f"{files.relative(path)}: {name}.{field} is ignored, as mergoo ignores it")
-    rank = parse_rank(value.get("r"), path, f"{name}.r")
-    return AdapterConfig(path, rank, parse_alpha(value.get("lora_alpha"), path, f"{name}.lora_alpha", files), bool(rslora))
+    return AdapterConfig(
+        path,
+        parse_rank(value.get("r"), path, f"{name}.r"),
+        parse_alpha(value.get("lora_alpha"), path, f"{name}.lora_alpha", files),
+        use_rslora=bool(rslora),
+        base_model=optional_text(value.get("base_model_name_or_path"), path, f"{name}.base_model_name_or_path"),
+    )
 
 
 def _sort(header: Mapping[str, TensorInfo], config: MergooConfig, file: Path) -> tuple[GatedState, dict[str, str]]:

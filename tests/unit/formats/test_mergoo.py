@@ -85,8 +85,9 @@ def test_rank_stabilised_experts_are_scaled_by_the_root(base, tmp_path):
     assert scalings == [8 / 4**0.5, 8 / 2**0.5, 3 / 6**0.5]
 
 
-def test_tokenizer_and_base_come_from_the_checkpoint(mergoo):
+def test_tokenizer_and_base_come_from_the_checkpoint(mergoo, base):
     checkpoint = read_checkpoint(mergoo)
+    assert checkpoint.base_model == str(base)
     assert checkpoint.tokenizer == mergoo
     assert "num_experts" not in checkpoint.base_config
     assert f"{MODULE}.weight" in checkpoint.base_state
