@@ -93,6 +93,11 @@ def test_the_first_releases_of_mixlora_hold_the_same(write):
         assert old.name == new.name and set(old.modules) == set(new.modules) and set(old.targets) == set(new.targets)
 
 
+def test_a_gate_under_its_old_and_its_new_name_is_refused(write):
+    with pytest.raises(errors.ForeignTensor, match="the same tensor under two keys"):
+        read_checkpoint(write(Recipe(legacy=True), put(GATE, torch.ones(3, 48))))
+
+
 def test_expert_lora_holds_for_the_experts_only(write):
     checkpoint = read_checkpoint(write(Recipe(rank=4, alpha=8, expert_lora={"r": 2, "lora_alpha": 3})))
     assert {pair.scaling for expert in checkpoint.experts for pair in expert.modules.values()} == {1.5}
