@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib
 import inspect
 import itertools
 import shutil
@@ -12,28 +11,15 @@ from pathlib import Path
 import pytest
 
 from fixtures.faults import FAULTS, Fault
-from harness import compare, outcome
+from fixtures.laws import CHECKS, judge
+from harness import outcome
 from harness.bench import Bench
 from harness.specimens import write_base, write_checkpoint
 from harness.subjects import find_subject
 
-JUDGED_FILES = ("layer", "model", "training", "strategies", "equivalence", "formats")
 UNCLAIMED = {"equivalence.drift": "reports numbers of the reference and demands nothing"}
 # compile_equal takes seconds, most of them torch's own tracing; one family is enough to look for false alarms.
 SLOW = {"training.compile_equal"}
-
-
-def checks() -> dict[str, Callable[[Bench], None]]:
-    found = {}
-    for file in JUDGED_FILES:
-        module = importlib.import_module(f"harness.checks.{file}")
-        for name, function in vars(module).items():
-            if name.startswith("check_"):
-                found[f"{file}.{name.removeprefix('check_')}"] = function
-    return found
-
-
-CHECKS = checks()
 
 
 @pytest.fixture(scope="session")
@@ -51,17 +37,6 @@ def specimen(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Path]:
         return written[key]
 
     return write
-
-
-def judge(bench: Bench, check: str) -> tuple[str, str]:
-    """The check's outcome and message."""
-    error = None
-    with compare.recording():
-        try:
-            CHECKS[check](bench)
-        except Exception as raised:  # noqa: BLE001  (whatever a faulty subject raises is its outcome)
-            error = raised
-    return outcome.outcome_of(error), f"{type(error).__name__}: {error}"
 
 
 def ids(fault: Fault) -> str:
