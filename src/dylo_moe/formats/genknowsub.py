@@ -18,6 +18,8 @@ from dylo_moe.formats.files import CheckpointFiles
 SUBTRACT = "subtract"
 SUBTRACTED = "subtracted"
 CHOICES = (SUBTRACT, SUBTRACTED)
+# Chance makes a share of sqrt(general adapters / numbers in all A), 0.1 in the tiniest of models.
+CLEAR = 0.3
 
 Pairs = Mapping[str, tuple[Tensor, Tensor]]
 
@@ -70,25 +72,25 @@ def _less(expert: Expert, mean: Pairs) -> Expert:
 def _state(expert: Expert, general: tuple[Expert, ...], mean: Pairs) -> str | None:
     """SUBTRACT, SUBTRACTED, or None where the tensors do not tell.
 
-    The share of the mean A in the expert's A is about 0 where the two began at different random numbers and 1 where they began
-    at the same; the share of the mean B, which begins at zero, is 0 in the first case and from 0 to 1 in the second. Both are
-    one less once the mean is subtracted. That leaves 0 in A open: an expert that began elsewhere then has 0 in B and the size
-    of the general adapters; one that began at the same numbers and was subtracted from is smaller and has less than 0 in B,
-    unless it learned the same as they.
+    The share of the mean A in the expert's A is about 0 where the two began at different random numbers, and from 0 to 1 where
+    they began at the same; the share of the mean B, which begins at zero, is 0 in the first case and from 0 to 1 in the second.
+    Both are one less once the mean is subtracted, so that a sign tells. That leaves 0 in A open: an expert that began elsewhere
+    then has 0 in B and the size of the general adapters; one that began at the same numbers and was subtracted from is smaller
+    and has less than 0 in B, unless it learned the same as they.
     """
     pairs = expert.modules
     share_A = _share([(pairs[module].lora_A, mean[module][0]) for module in pairs])
     share_B = _share([(pairs[module].lora_B, mean[module][1]) for module in pairs]) or 0.0  # untrained general adapters
-    if share_A is None or 0.4 < abs(share_A) < 0.6:
+    if share_A is None:
         return None
-    if abs(share_A) >= 0.6:
+    if abs(share_A) >= CLEAR:
         return SUBTRACT if share_A > 0 else SUBTRACTED
     size = sum(_square(pair.lora_A) for pair in pairs.values())
     usual = sum(_square(pair.lora_A) for adapter in general for pair in adapter.modules.values()) / len(general)
     is_small = size < 0.8 * usual
-    if share_B <= -0.6 or share_B <= -0.3 and is_small:
+    if share_B <= -CLEAR and is_small:
         return SUBTRACTED
-    return SUBTRACT if abs(share_B) < 0.3 and not is_small else None
+    return SUBTRACT if abs(share_B) < CLEAR and not is_small else None
 
 
 def _share(pairs: list[tuple[Tensor, Tensor]]) -> float | None:

@@ -47,22 +47,25 @@ def same(one: Expert, other: Expert) -> bool:
     return all(torch.equal(a.lora_A, b.lora_A) and torch.equal(a.lora_B, b.lora_B) for a, b in pairs)
 
 
+# name: (beginnings of the experts, of the general adapters, how much of what is learned is common, how far A moved)
 CASES = {
-    "each began elsewhere": ([0, 1], [2, 3], 0.0),
-    "one general adapter": ([0, 1], [2], 0.0),
-    "eight general adapters": ([0, 1], list(range(2, 10)), 0.0),
-    "the general adapters began alike": ([0, 1], [2, 2], 0.0),
-    "all began alike": ([0, 0], [0, 0], 0.0),
-    "all began alike and learned much the same": ([0, 0], [0, 0], 0.5),
-    "an expert began as one of the general adapters": ([0, 1], [0, 2], 0.0),
+    "each began elsewhere": ([0, 1], [2, 3], 0.0, 0.2),
+    "one general adapter": ([0, 1], [2], 0.0, 0.2),
+    "eight general adapters": ([0, 1], list(range(2, 10)), 0.0, 0.2),
+    "the general adapters began alike": ([0, 1], [2, 2], 0.0, 0.2),
+    "all began alike": ([0, 0], [0, 0], 0.0, 0.2),
+    "all began alike and moved far": ([0, 0], [0, 0], 0.0, 1.2),
+    "all began alike and learned much the same": ([0, 0], [0, 0], 0.5, 0.2),
+    "an expert began as one of the general adapters": ([0, 1], [0, 2], 0.0, 0.2),
 }
 
 
 @pytest.mark.parametrize("case", CASES, ids=lambda case: case.replace(" ", "_"))
 def test_subtracted_once_whatever_the_adapters_began_with(case, tmp_path):
-    firsts, general_firsts, common = CASES[case]
-    experts = tuple(trained(f"task_{i}", start(seed), seed=i, common=common) for i, seed in enumerate(firsts))
-    general = tuple(trained(f"gks_{i}", start(seed), seed=50 + i, common=common) for i, seed in enumerate(general_firsts))
+    firsts, general_firsts, common, drift = CASES[case]
+    how = {"common": common, "drift": drift}
+    experts = tuple(trained(f"task_{i}", start(seed), seed=i, **how) for i, seed in enumerate(firsts))
+    general = tuple(trained(f"gks_{i}", start(seed), seed=50 + i, **how) for i, seed in enumerate(general_firsts))
     want = tuple(minus_mean(expert, general) for expert in experts)
     for stored, state in ((experts, "subtract"), (want, "subtracted")):
         files = CheckpointFiles(tmp_path)
