@@ -41,7 +41,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def build_parser() -> argparse.ArgumentParser:
     """Options that are not given stay out of the call, so that the defaults are those of dylo_moe.evalplus."""
-    parser = _Parser(prog="dylo-moe", description="Run LoRA mixture-of-experts checkpoints on EvalPlus.")
+    parser = _Parser(prog="dylo-moe", description="Look at, convert and score LoRA mixture-of-experts checkpoints.")
     commands = parser.add_subparsers(dest="command", required=True)
     codegen = commands.add_parser("codegen", help="generate samples and print the path of their file", allow_abbrev=False)
     evaluate = commands.add_parser("evaluate", help="score samples, generating them first with --model", allow_abbrev=False)

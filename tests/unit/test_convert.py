@@ -292,16 +292,14 @@ def test_pruning_below_top_k_clips_it_and_says_so(native, tmp_path):
 
 @pytest.mark.parametrize("layerwise", [False, True])
 def test_pruned_classifier_keeps_the_outputs_of_each_layer(tmp_path, layerwise):
-    state = classifier(layerwise=layerwise, top_k=2)
-    copy = read_checkpoint(
-        convert_checkpoint(mixture(state, path=tmp_path / "in"), tmp_path / "out", to="dylora", experts=[1]).path
-    ).router
+    state = classifier(experts=3, layerwise=layerwise, top_k=3)
+    source = mixture(state, path=tmp_path / "in", experts=(expert("a"), expert("b"), expert("c")))
+    copy = read_checkpoint(convert_checkpoint(source, tmp_path / "out", to="dylora", experts=[0, 2]).path).router
     count = len(written.MODULES) if layerwise else 1
     weight, bias = state.layers[-1]
-    assert torch.equal(copy.layers[-1][0], weight.view(count, 2, 6)[:, 1]) and torch.equal(
-        copy.layers[-1][1], bias.view(-1, 2)[:, 1]
-    )
-    assert (copy.num_experts, copy.top_k) == (1, 1)
+    assert torch.equal(copy.layers[-1][0].view(count, 2, 6), weight.view(count, 3, 6)[:, [0, 2]])
+    assert torch.equal(copy.layers[-1][1].view(count, 2), bias.view(count, 3)[:, [0, 2]])
+    assert (copy.num_experts, copy.top_k) == (2, 2)
 
 
 def test_pruned_gates_lose_the_rows_and_units_with_fewer_experts_keep_theirs(tmp_path):
@@ -452,25 +450,14 @@ def run(*words, cwd):
 
 
 def test_command_converts_and_prints_the_new_directory(base, tmp_path):
-    source = write_layout(tmp_path / "in", base, "D4d")
-    words = [
-        "convert",
-        source,
-        "out",
-        "--to",
-        "peft-lora",
-        "--assume",
-        "lora_alpha=8",
-        "--experts",
-        "0,2",
-        "--merge",
-        "0.25,0.75",
-    ]
+    source = write_layout(tmp_path / "in", base, "D5")
+    words = ["convert", source, "out", "--to", "peft-lora", "--assume", "top_k=2", "--experts", "0,2", "--merge", "0.25,0.75"]
     code, out, notes = run(*words, cwd=tmp_path)
     assert (code, out) == (0, "out\n")
     assert read_checkpoint(tmp_path / "out").experts[0].modules
     assert json.loads((tmp_path / "out" / "adapter_config.json").read_text())["r"] == 8
     assert any("warning" in note for note in notes)
+    assert any("assumed features" in note for note in notes)
 
 
 @pytest.mark.parametrize(

@@ -20,10 +20,10 @@ def expert(name, modules=written.MODULES, rank=4):
     return Expert(name, {module: LoraPair(draw(rank, 8), draw(8, rank), 8.0) for module in modules})
 
 
-def classifier(*, layerwise=False, bias=True, dtype=torch.float32, **settings):
-    outputs = 2 * (len(written.MODULES) if layerwise else 1)
+def classifier(*, experts=2, layerwise=False, bias=True, dtype=torch.float32, **settings):
+    outputs = experts * (len(written.MODULES) if layerwise else 1)
     layers = [(draw(o, i, dtype=dtype), draw(o, dtype=dtype) if bias else None) for o, i in ((6, 8), (6, 6), (outputs, 6))]
-    return XLoraState(tuple(layers), 2, len(written.MODULES), layerwise=layerwise, **settings)
+    return XLoraState(tuple(layers), experts, len(written.MODULES), layerwise=layerwise, **settings)
 
 
 def gates(rule="softmax", *, bias=False, units=written.MODULES, level="linear", rows=2):
