@@ -136,7 +136,7 @@ class Workings:
     def _base_directory(self) -> str | None:
         """Where the base model lies alone; written once where only the checkpoint itself holds its weights."""
         artifact = self.reference.artifact
-        if artifact.base is not None or artifact.base_state is None:
+        if artifact.base_state is None:
             return artifact.base
         directory = self.empty_directory("base-")
         load_base(artifact, next(iter(artifact.base_state.values())).dtype).save_pretrained(directory)

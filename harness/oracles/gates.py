@@ -94,14 +94,15 @@ def sensitivity(rule: Rule, logits: np.ndarray, threshold_logit: np.ndarray | No
     """How far a weight moves, at most, per unit that the logits (and the threshold's) move, while the choice stays: (..., 1).
 
     A softmax's Jacobian has rows that sum to at most 1/2 in magnitude, over any set of experts; a temperature divides it.
-    r / sum(r) moves by (1 + E) dr / sum(r), and r by 1/2 + threshold/4, sigmoid's steepest slope.
+    r / sum(r) moves by at most sum|dr| / sum(r), and sum|dr| by at most 1 + E threshold / 4: all probabilities together move by
+    at most 1, and a sigmoid's steepest slope is 1/4.
     """
     shape = (*np.shape(logits)[:-1], 1)
     if rule.name in ("arrow", "top_p"):
         return np.full(shape, 0.5 / rule.temperature)
     if rule.name == "adaptive_threshold":
         total = _above(rule, softmax(np.asarray(logits, np.float64)), threshold_logit).sum(axis=-1, keepdims=True)
-        slope = (1 + np.shape(logits)[-1]) * (0.5 + rule.threshold / 4)
+        slope = 1 + np.shape(logits)[-1] * rule.threshold / 4
         return slope / np.where(total > 0, total, np.inf)
     return np.full(shape, 0.5)
 

@@ -25,7 +25,7 @@ def read(path: Path, base_model: str | None, assume: Mapping[str, Any]) -> Artif
     gates = {m: UnitGate(array(tensors[f"{m}.gate.weight"]), Rule("topk_softmax", top_k=top_k), len(loras)) for m in modules}
     return Artifact(
         path=path,
-        base=base_model,
+        base=base_model or loras[0].get("base_model_name_or_path"),
         names=tuple(f"expert_{index}" for index in range(len(loras))),
         experts=experts,
         router=UnitGates(gates),
