@@ -24,6 +24,12 @@ class OneLineParser(argparse.ArgumentParser):
         raise Unusable(f"{message}; --help shows every option")
 
 
+def top_k(text: str) -> int | tuple[int, ...]:
+    """The value of --top-k: experts per token, in all layers or in each; argparse reports what is no integer."""
+    numbers = tuple(int(part) for part in text.split(","))
+    return numbers[0] if len(numbers) == 1 else numbers
+
+
 def parser() -> argparse.ArgumentParser:
     made = OneLineParser(
         allow_abbrev=False,
@@ -49,7 +55,7 @@ def parser() -> argparse.ArgumentParser:
     )
     what.add_argument("--expect-hash", metavar="SHA256", help="refuse the checkpoint unless its hash is this")
     what.add_argument("--lora-alpha", type=float, help="state what no file of the checkpoint records; likewise the next four")
-    what.add_argument("--top-k", type=int)
+    what.add_argument("--top-k", type=top_k, metavar="K", help="an integer, or one for each layer: 2,2,4")
     what.add_argument("--temperature", type=float)
     what.add_argument("--router-features", choices=FEATURES)
     what.add_argument("--rng-seed", type=int, help="of Arrow's prototypes")
@@ -95,7 +101,8 @@ def reproduction(options: argparse.Namespace) -> str:
     for name in ("base_model", "subject", *stated, "device", "dtype", "seed"):
         value = getattr(options, name)
         if value is not None and value != parser().get_default(name):
-            words += [f"--{name.replace('_', '-')}", str(value)]
+            text = ",".join(map(str, value)) if isinstance(value, tuple) else str(value)
+            words += [f"--{name.replace('_', '-')}", text]
     if options.checks != CHECKS:
         words += ["--checks", str(options.checks)]
     return "".join(f" {shlex.quote(word)}" for word in words)
