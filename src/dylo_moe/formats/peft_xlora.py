@@ -43,6 +43,8 @@ def read_peft_xlora(files: CheckpointFiles, options: ReadOptions) -> Checkpoint:
     """
     path = files.root / CONFIG
     data = files.read_json(path)
+    if data.get("task_type") not in (None, "CAUSAL_LM"):
+        raise InvalidField(path, "task_type", found=repr(data["task_type"])[:80], expected='"CAUSAL_LM" or null')
     places = _places(data.get("adapters"), path)
     config = read_fields(data, path, len(places), options)
     if config.use_trainable_adapters:  # what lies at the recorded paths is what they were before the training
@@ -76,16 +78,13 @@ def _places(adapters: object, path: Path) -> list[Place]:
     """The experts in numeric order. PEFT itself runs no other names than "0", "1", ..."""
     if not isinstance(adapters, Mapping) or not adapters:
         raise InvalidField(path, "adapters", found=repr(adapters)[:80], expected="an object of expert names and paths")
-    numbers = {key: int(key) if key.isdecimal() and len(key) < 6 else -1 for key in adapters}
-    if sorted(numbers.values()) != list(range(len(adapters))):
+    keys = [str(number) for number in range(len(adapters))]
+    if set(adapters) != set(keys):
         found = ", ".join(repr(key) for key in list(adapters)[:8])
         expected = 'the names "0", "1", ... without a gap: with others, PEFT itself fails and no order is recorded'
         raise InvalidField(path, "adapters", found=found, expected=expected)
-    places = []
-    for key in sorted(adapters, key=numbers.__getitem__):
-        # A "0" of our own would do, but PEFT's save_pretrained takes it for the number of a layer.
-        places.append(Place(key, f"expert_{numbers[key]}", optional_text(adapters[key], path, f"adapters[{key}]")))
-    return places
+    # A "0" of our own would do, but PEFT's save_pretrained takes it for the number of a layer.
+    return [Place(key, f"expert_{key}", optional_text(adapters[key], path, f"adapters[{key}]")) for key in keys]
 
 
 def _whole_classifier(files: CheckpointFiles, names: list[str], places: list[Place], config: ClassifierConfig) -> Path:

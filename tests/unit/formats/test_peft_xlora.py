@@ -203,6 +203,7 @@ def test_trained_experts_are_those_in_the_checkpoint_and_the_user_is_told(base, 
 
 DEFECTS = [
     ({"adapters": {"0": "a", "2": "b", "1x": "c"}}, errors.InvalidField, "adapters.*without a gap"),
+    ({"adapters": {"0": "a", "01": "b", "2": "c"}}, errors.InvalidField, "adapters.*without a gap"),
     ({"adapters": {}}, errors.InvalidField, "adapters"),
     ({"adapters": {"0": "a", "1": "b", "2": 3}}, errors.InvalidField, r"adapters\[2\]"),
     ({"adapters": {"0": "", "1": ""}}, errors.ExpertCountMismatch, "3 rows"),
@@ -210,6 +211,7 @@ DEFECTS = [
     ({"top_k_lora": 4}, errors.InvalidField, "top_k_lora"),
     ({"top_k_lora": True}, errors.InvalidField, "top_k_lora"),
     ({"softmax_temperature": 0.0}, errors.InvalidField, "softmax_temperature"),
+    ({"task_type": "SEQ_CLS"}, errors.InvalidField, "task_type"),
     ({"hidden_size": 47}, errors.ShapeMismatch, "layers.0.weight"),
     ({"xlora_depth": 0}, errors.InvalidField, "xlora_depth"),
     ({"xlora_depth": 2}, errors.GateMissing, "layers.2.weight"),
