@@ -22,6 +22,7 @@ from dylo_moe.router import load_balancing_loss
 from dylo_moe.routing import Routing
 from dylo_moe.saving import stored_expert, stored_router
 from dylo_moe.strategies import generate_with_strategy
+from dylo_moe.xlora_router import XLoraRouter
 
 
 class DyLoRA_MoE(nn.Module):
@@ -278,11 +279,12 @@ def detach_router(model: DyLoRA_MoE) -> PeftModel:
 
 def _default_config(router: nn.Module | None, num_experts: int) -> MoELoraConfig:
     per_layer = isinstance(router, nn.ModuleList)
+    kind = "gates" if per_layer else "xlora" if isinstance(router, XLoraRouter) else "dynamic_hybrid"
     return MoELoraConfig(
         num_experts=num_experts,
         top_k_experts=getattr(router, "top_k", None) or 1,
         router_temperature=getattr(router, "temperature", None) or 2.0,
-        router_type="gates" if per_layer else "dynamic_hybrid",
+        router_type=kind,
         router_features="layer" if per_layer else "base",
     )
 

@@ -6,10 +6,14 @@ from dataclasses import replace
 
 import pytest
 import torch
+from peft import PeftModel
+from transformers import AutoModelForCausalLM
 
+from dylo_moe import attach_router
 from dylo_moe.errors import RoutingError
 from dylo_moe.formats import XLoraState
 from dylo_moe.xlora_router import XLoraRouter
+from harness.specimens import write_base, write_checkpoint
 
 # The classifier passes its input on: hidden state (1, 3, 2, 0) gives those logits to the four experts.
 IDENTITY = XLoraState(layers=((torch.eye(4), None),), num_experts=4, num_layers=2)
@@ -97,3 +101,16 @@ def test_state_gives_the_settings_and_tensors_back():
 def test_an_impossible_state_is_refused(changes, message):
     with pytest.raises(RoutingError, match=message):
         XLoraRouter(replace(IDENTITY, **changes))
+
+
+def test_attached_by_hand_it_is_named_in_the_configuration(tmp_path):
+    base = write_base(tmp_path / "base", "llama")
+    experts = write_checkpoint(tmp_path / "experts", base, num_experts=2)
+    stock = PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(base), experts / "experts" / "expert_0", "expert_0")
+    stock.load_adapter(experts / "experts" / "expert_1", "expert_1")
+    layers = ((torch.randn(2, 48), torch.zeros(2)),)
+    model = attach_router(stock, XLoraRouter(XLoraState(layers=layers, num_experts=2, num_layers=8))).eval()
+    assert (model.moe_config.router_type, model.moe_config.router_features) == ("xlora", "base")
+    with torch.no_grad():
+        model(torch.arange(5, 15)[None])
+    assert model.last_routing_weights.shape == (1, 10, 2)
