@@ -176,9 +176,11 @@ class PeftXLoraSubject:
         config = PeftConfig.from_pretrained(str(checkpoint))
         if config.peft_type != "XLORA":
             raise ValueError(f"{checkpoint}: a {config.peft_type.value} checkpoint, which PEFT's X-LoRA does not read")
-        # A copied checkpoint records where its experts were; those inside it are meant. The file's order is PEFT's order.
-        inside = {name: Path(checkpoint) / name for name in config.adapters}
-        config.adapters = {name: str(inside[name]) if inside[name].is_dir() else path for name, path in config.adapters.items()}
+        # A moved checkpoint records where its experts were. Where they still are PEFT reads them there, and must: the copies that
+        # its save_pretrained puts inside hold base weights, whose names send its loader round an endless loop (0.21.2).
+        # The file's order is PEFT's order.
+        inside = {name: str(Path(checkpoint) / name) for name in config.adapters}
+        config.adapters = {name: path if Path(path).is_dir() else inside[name] for name, path in config.adapters.items()}
         base = AutoModelForCausalLM.from_pretrained(
             base_model or config.base_model_name_or_path, dtype=dtype or "auto", local_files_only=True
         )
