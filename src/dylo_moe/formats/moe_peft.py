@@ -90,15 +90,13 @@ def _read(files: CheckpointFiles, options: ReadOptions, name: str) -> Checkpoint
         path=files.root,
         format=name,
         base_model=config.base_model,
-        experts=tuple(_expert(f"expert_{e}", parts.experts[e], tensors, config.experts, path) for e in sorted(parts.experts)),
+        experts=tuple(
+            build_expert(f"expert_{e}", parts.experts[e], tensors, config.experts, path) for e in sorted(parts.experts)
+        ),
         router=_gates(parts, tensors, config, path),
-        shared=_expert(SHARED, parts.shared, tensors, config.shared, path) if parts.shared else None,
+        shared=build_expert(SHARED, parts.shared, tensors, config.shared, path) if parts.shared else None,
         tokenizer=tokenizer_directory(files.root),
     )
-
-
-def _expert(name: str, pairs: Pairs, tensors: Mapping[str, Tensor], config: AdapterConfig, file: Path) -> Expert:
-    return build_expert(name, pairs, tensors, config, file)
 
 
 def _gates(parts: Parts, tensors: Mapping[str, Tensor], config: MoePeftConfig, file: Path) -> GatesState:
