@@ -32,7 +32,7 @@ from dylo_moe.formats.adapter import (
     weights_file,
 )
 from dylo_moe.formats.adapter_config import AdapterConfig
-from dylo_moe.formats.checkpoint import Checkpoint, Expert, GatesState, GateState
+from dylo_moe.formats.checkpoint import Checkpoint, GatesState, GateState
 from dylo_moe.formats.files import CheckpointFiles
 from dylo_moe.formats.moe_peft_config import LEGACY_NAMES, LORAMOE, MIXLORA, MOLA, MoePeftConfig, read_moe_peft_config
 from dylo_moe.formats.options import ReadOptions
