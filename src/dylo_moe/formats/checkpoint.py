@@ -83,8 +83,8 @@ class XLoraState:
     layers: (weight (out, in), bias (out,) or None) of each Linear; the last has num_experts outputs, num_layers times as many
         if layerwise.
     top_k: None mixes all experts; else the others' scalings become 0 and the rest is not renormalised.
-    softmax_topk_over: what enable_softmax_topk normalises over: "experts" (PEFT), or "all", every selected entry of a
-        token's scalings in all layers together (the standalone package).
+    softmax_topk_over: what enable_softmax_topk normalises over: "experts" (PEFT), or "all", the selected entries of every token
+        of the batch together (the standalone package): not causal, so no router of ours runs it.
     """
 
     layers: tuple[tuple[Tensor, Tensor | None], ...]
