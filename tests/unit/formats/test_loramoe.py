@@ -35,10 +35,10 @@ def test_loramoe_equals_its_equation(bases, tmp_path, pickled):
     assert_equals_the_equation(path, "loramoe", mixture, dense)
 
 
-@pytest.mark.parametrize(("family", "pickled"), [("llama", True), ("gemma", False)])
-def test_hydralora_equals_its_equation(bases, tmp_path, family, pickled):
+@pytest.mark.parametrize("family", ["llama", "gemma"])
+def test_hydralora_equals_its_equation(bases, tmp_path, family):
     mixture = draw(bases[family], ("q_proj", "down_proj"), experts=4, alphas=(6,), shared_a=True, seed=3)
-    path = write_hydralora(tmp_path, mixture, pickled=pickled)
+    path = write_hydralora(tmp_path, mixture, pickled=False)
     assert_equals_the_equation(path, "hydralora", mixture, dense)
 
 
