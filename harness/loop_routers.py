@@ -72,16 +72,9 @@ class LoopClassifier(LoopRouter):
         if how.top_k is not None:
             found = found * torch.zeros_like(found).scatter(-1, found.topk(how.top_k, dim=-1).indices, 1.0)
         if how.softmax_topk:
-            found = self._softmax_of_nonzero(found)
+            found = torch.softmax(found.masked_fill(found == 0, float("-inf")), dim=-1)
         found = how.global_weight * found
         return found if how.layerwise else found[:, :, 0]
-
-    def _softmax_of_nonzero(self, found: Tensor) -> Tensor:
-        if self.scaling.softmax_topk_over == "all" and not self.scaling.layerwise:
-            found = found.expand(-1, -1, self.scaling.num_layers, -1)
-        whole = found.flatten(-2) if self.scaling.softmax_topk_over == "all" else found
-        chosen = torch.softmax(whole.masked_fill(whole == 0, float("-inf")), dim=-1)
-        return chosen.view(found.shape) if self.scaling.layerwise else chosen.view(found.shape)[:, :, :1]
 
 
 class LoopUnitGate(LoopRouter):

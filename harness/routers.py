@@ -99,8 +99,7 @@ class Classifier:
     def sums_to_one(self) -> bool:
         how = self.scaling
         every = how.top_k is None or how.top_k >= how.num_experts
-        shared_out = how.softmax_topk and how.softmax_topk_over == "experts"
-        return how.global_weight == 1 and ((how.softmax and every and not how.softmax_topk) or shared_out)
+        return how.global_weight == 1 and (how.softmax_topk or (how.softmax and every))
 
     @property
     def num_experts(self) -> int:

@@ -22,7 +22,9 @@ Linear = tuple[np.ndarray, "np.ndarray | None"]
 class Scaling:
     """What follows the classifier's last Linear.
 
-    softmax_topk_over: "experts" of one layer (PEFT), or "all": every selected entry of a token in all layers together.
+    softmax_topk: over the experts of one token in one layer, as PEFT has it since its fix (peft #2793). The standalone package
+    takes one softmax over the selected entries of all tokens and rows, which is no weight per token: a token would depend on
+    later ones, and no answer could be checked alone. Readings refuse it.
     """
 
     num_experts: int
@@ -33,7 +35,6 @@ class Scaling:
     temperature: float = 1.0
     top_k: int | None = None
     global_weight: float = 1.0
-    softmax_topk_over: str = "experts"
 
 
 def scores(hidden: np.ndarray, layers: tuple[Linear, ...], *, relu: bool = True) -> np.ndarray:
@@ -60,7 +61,7 @@ def weights(scaling: Scaling, z: np.ndarray) -> np.ndarray:
         np.put_along_axis(kept, order, True, axis=-1)
         found = np.where(kept, found, 0.0)
     if scaling.softmax_topk:
-        found = _softmax_of_nonzero(scaling, found)
+        found = np.where(found != 0, softmax(np.where(found != 0, found, -np.inf)), 0.0)
     found = scaling.global_weight * found
     return found if scaling.layerwise else found[..., 0, :]
 
@@ -78,13 +79,3 @@ def sensitivity(scaling: Scaling) -> float:
     """How far a weight moves, at most, per unit that z moves: each softmax at most halves it, the temperature divides it."""
     slope = 0.5 / scaling.temperature if scaling.softmax else 1.0
     return abs(scaling.global_weight) * slope * (0.5 if scaling.softmax_topk else 1.0)
-
-
-def _softmax_of_nonzero(scaling: Scaling, found: np.ndarray) -> np.ndarray:
-    if scaling.softmax_topk_over == "experts":
-        return np.where(found != 0, softmax(np.where(found != 0, found, -np.inf)), 0.0)
-    # Without layerwise scalings every layer has the same selected entries, and all of them share the sum.
-    copies = scaling.num_layers if not scaling.layerwise else 1
-    flat = found.reshape(*found.shape[:-2], -1)
-    powers = np.where(flat != 0, np.exp(flat - flat.max(axis=-1, keepdims=True)), 0.0)
-    return (powers / (copies * powers.sum(axis=-1, keepdims=True))).reshape(found.shape)

@@ -9,7 +9,7 @@ from typing import Any
 from harness.artifact import Adapter, Artifact
 from harness.oracles.gates import Rule
 from harness.oracles.xlora import Scaling
-from harness.readings.files import adapter_directory, array
+from harness.readings.files import adapter_directory, array, softmax_topk
 from harness.routers import Classifier, HybridGate, UnitGate, UnitGates
 
 
@@ -19,6 +19,7 @@ def read(path: Path, base_model: str | None, assume: Mapping[str, Any]) -> Artif
     checkpoint = read_checkpoint(path, **assume)
     state = checkpoint.router
     by_network = getattr(state, "level", None) == "feed_forward"
+    whole = checkpoint.assumptions.get("genknowsub") in (None, "subtracted")  # else the files hold more than the experts
     return Artifact(
         path=path,
         base=str(path) if checkpoint.format == "merged" else base_model or checkpoint.base_model,
@@ -26,7 +27,7 @@ def read(path: Path, base_model: str | None, assume: Mapping[str, Any]) -> Artif
         experts=tuple(_adapters(expert.modules) for expert in checkpoint.experts),
         router=None if state is None else _ROUTERS[type(state).__name__](state),
         balance=checkpoint.load_balance,
-        adapter_directories=tuple(adapter_directory(path, expert.name) for expert in checkpoint.experts),
+        adapter_directories=tuple(adapter_directory(path, expert.name) if whole else None for expert in checkpoint.experts),
         reader="",
         shared={} if checkpoint.shared is None else _adapters(checkpoint.shared.modules),
         feed_forwards=tuple(state.gates) if by_network else (),
@@ -49,11 +50,10 @@ def _classifier(state: Any) -> Classifier:
         state.num_layers,
         layerwise=state.layerwise,
         softmax=state.enable_softmax,
-        softmax_topk=state.enable_softmax_topk,
+        softmax_topk=softmax_topk(state.enable_softmax_topk, state.softmax_topk_over),
         temperature=state.softmax_temperature,
         top_k=state.top_k,
         global_weight=state.global_scaling_weight,
-        softmax_topk_over=state.softmax_topk_over,
     )
     layers = tuple((array(weight), _optional(bias)) for weight, bias in state.layers)
     return Classifier(layers, scaling, relu=state.use_relu, dropout=state.dropout)

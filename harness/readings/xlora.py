@@ -15,7 +15,7 @@ from torch import Tensor
 
 from harness.artifact import Artifact
 from harness.oracles.xlora import Scaling
-from harness.readings.files import array, is_adapter, read_json, read_peft_adapter, read_tensors, weights_file
+from harness.readings.files import array, is_adapter, read_json, read_peft_adapter, read_tensors, softmax_topk, weights_file
 from harness.routers import Classifier
 
 
@@ -74,11 +74,10 @@ def _classifier(config: Mapping[str, Any], tensors: Mapping[str, Tensor], num_ex
         num_layers,
         layerwise=bool(config.get("layerwise_scalings")),
         softmax=config.get("enable_softmax", True),
-        softmax_topk=bool(config.get("enable_softmax_topk")),
+        softmax_topk=softmax_topk(bool(config.get("enable_softmax_topk")), "all" if config.get("global") else "experts"),
         temperature=config.get("softmax_temperature", 1.0),
         top_k=config.get("top_k_lora"),
         global_weight=config.get("global_scaling_weight", 1.0),
-        softmax_topk_over="all" if config.get("global") else "experts",
     )
     plain = config.get("enable_relu_and_dropout", True)
     return Classifier(tuple(layers), scaling, relu=plain, dropout=config.get("xlora_dropout_p", 0.0) if plain else 0.0)

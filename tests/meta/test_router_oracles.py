@@ -100,7 +100,7 @@ def a_scaling(**options: object) -> xlora.Scaling:
         (a_scaling(top_k=2, global_weight=3.0), [1.2, 0.9, 0, 0]),
         (a_scaling(softmax=False), LOGITS[0]),
         (a_scaling(top_k=1, softmax_topk=True), [1, 0, 0, 0]),
-        (a_scaling(top_k=1, softmax_topk=True, softmax_topk_over="all"), [0.5, 0, 0, 0]),
+        (a_scaling(top_k=2, softmax_topk=True), np.array([math.exp(0.4), math.exp(0.3), 0, 0]) / (math.exp(0.4) + math.exp(0.3))),
         (a_scaling(temperature=0.5), np.array([0.16, 0.09, 0.04, 0.01]) / 0.3),
     ],
 )
