@@ -104,7 +104,9 @@ def check_bad_weights_refused(bench: Bench) -> None:
 
 def _copied(w: Workings, copy: Path) -> tuple[Path, Path | None]:
     """Copies the checkpoint; returns the file of its last expert and that of its router, where a file holds one."""
-    original = w.bench.checkpoint
+    original, expert = w.bench.checkpoint, w.reference.artifact.adapter_directories[-1]
+    if expert is None:
+        raise NotApplicable("no directory holds an expert as it is run")
     shutil.copytree(original, copy)
     layout = layout_of(copy)
     if layout == "peft-xlora":  # its configuration names the experts' directories, absolute, and those would be read
@@ -112,7 +114,7 @@ def _copied(w: Workings, copy: Path) -> tuple[Path, Path | None]:
         places = {name: copy / Path(place).relative_to(original.resolve()) for name, place in config["adapters"].items()}
         config["adapters"] = {name: str(place) for name, place in places.items()}
         (copy / "adapter_config.json").write_text(json.dumps(config), encoding="utf-8")
-    directory = w.reference.artifact.adapter_directories[-1].resolve().relative_to(original.resolve())
+    directory = expert.resolve().relative_to(original.resolve())
     router = ROUTER_FILES[layout]
     return copy / directory / "adapter_model.safetensors", None if router is None else copy / router
 
