@@ -97,6 +97,12 @@ def test_full_state_brings_its_base_along(full, tmp_path):
     assert all(torch.equal(state[key], tensor) for key, tensor in checkpoint.base_state.items())
 
 
+def test_base_is_recorded_in_the_dtype_that_its_weights_have(full, tmp_path):
+    checkpoint = replace(full[1], base_config={**full[1].base_config, "dtype": "float16"})
+    convert_checkpoint(checkpoint, tmp_path / "out", to="dylora")
+    assert json.loads((tmp_path / "out" / "base" / "config.json").read_text())["dtype"] == "float32"
+
+
 def test_full_state_without_configuration_takes_the_named_bases(bare, tmp_path):
     base, source, checkpoint = bare
     made = convert_checkpoint(checkpoint, tmp_path / "out", to="dylora", base_model=str(base))
