@@ -185,8 +185,9 @@ def test_hybrid_gate_as_a_classifier_computes_the_same_in_stock_peft(base, tmp_p
     made = convert_checkpoint(source, tmp_path / "out", to="xlora")
     expected = logits(load_checkpoint(source))
     assert made.format == detect_model_format(made.path) == "peft-xlora"
-    assert (logits(stock_xlora(base, made.path)) - expected).abs().max() < 2e-5
-    assert (logits(load_checkpoint(made.path)) - expected).abs().max() < 2e-5
+    # Logits are up to 12; float32 keeps 7 digits, and another order of additions moves the last ones.
+    assert (logits(stock_xlora(base, made.path)) - expected).abs().max() < 1e-4
+    assert (logits(load_checkpoint(made.path)) - expected).abs().max() < 1e-4
     assert (logits(load_checkpoint(source), expert_id=0) - expected).abs().max() > 1e-2
 
 
@@ -286,7 +287,7 @@ def test_pruned_mixture_routes_as_if_the_others_were_never_chosen(native, tmp_pa
     full, pruned = load_checkpoint(native), load_checkpoint(made.path)
     assert pruned.expert_names == ["expert_0", "expert_2"]
     full.router.gate.bias.data[1] = -1e30
-    assert (logits(full) - logits(pruned)).abs().max() < 1e-5
+    assert (logits(full) - logits(pruned)).abs().max() < 1e-4
     assert made.notes == ()
 
 

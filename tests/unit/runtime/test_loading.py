@@ -65,7 +65,7 @@ def test_numbered_experts_in_another_order_keep_the_routers_columns(base, tmp_pa
     assert any("expert_2, expert_1, expert_0" in line for line in second.checkpoint.warnings)
     with torch.no_grad():
         assert torch.equal(first(ids, expert_id=0).logits, second(ids, expert_id=2).logits)
-        assert (first(ids).logits - second(ids).logits).abs().max() < 1e-5
+        assert (first(ids).logits - second(ids).logits).abs().max() < 1e-4
 
 
 @pytest.mark.parametrize("layout", [layout for layout in LAYOUTS if layout.has_router], ids=lambda layout: layout.name)
