@@ -50,13 +50,14 @@ def check_no_leak(bench: Bench) -> None:
 
 def _routed_pass(bench: Bench) -> Callable[[], None]:
     """The router decides; where the checkpoint has none, the weights are uniform (1, 1, E)."""
-    ids, weights, cacheless = _ids(bench), None, _cacheless(bench)
+    ids, options = _ids(bench), _cacheless(bench)
     if bench.router is None:
         weights = torch.full((1, 1, bench.num_experts), 1 / bench.num_experts, device=bench.device)
+        options = {**options, "routing_weights": weights}
 
     @torch.inference_mode()
     def work() -> None:
-        bench.model(ids, routing_weights=weights, **cacheless)
+        bench.model(ids, **options)
 
     return work
 

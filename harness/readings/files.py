@@ -13,6 +13,7 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from harness.artifact import Adapter
+from harness.outcome import NotApplicable
 
 PREFIX = "base_model.model."
 
@@ -44,6 +45,9 @@ def weights_file(directory: Path, *stems: str) -> Path:
 def read_peft_adapter(directory: Path) -> dict[str, Adapter]:
     """A LoRA as PEFT saves it: module path in the base model -> adapter."""
     config = read_json(directory / "adapter_config.json")
+    more = [name for name in ("use_dora", "lora_bias", "modules_to_save") if config.get(name)]
+    more += ["bias"] if config.get("bias", "none") != "none" else []
+    need_plain(", ".join(more))
     tensors = read_tensors(weights_file(directory, "adapter_model"), (".lora_A.weight", ".lora_B.weight"))
     adapters = {}
     for key in tensors:
@@ -52,6 +56,12 @@ def read_peft_adapter(directory: Path) -> dict[str, Adapter]:
             lora_A, lora_B = array(tensors[key]), array(tensors[key.replace(".lora_A.", ".lora_B.")])
             adapters[module] = Adapter(lora_A, lora_B, scaling_of(config, module, len(lora_A)))
     return adapters
+
+
+def need_plain(more: str) -> None:
+    """more: what experts have beside A, B and a scaling; "" for nothing."""
+    if more:
+        raise NotApplicable(f"the reference mixes sums of low-rank deltas, and these experts have more: {more}")
 
 
 def scaling_of(config: Mapping[str, Any], module: str, rank: int) -> float:

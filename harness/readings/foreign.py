@@ -9,7 +9,7 @@ from typing import Any
 from harness.artifact import Adapter, Artifact
 from harness.oracles.gates import Rule
 from harness.oracles.xlora import Scaling
-from harness.readings.files import adapter_directory, array, softmax_topk
+from harness.readings.files import adapter_directory, array, need_plain, softmax_topk
 from harness.routers import Classifier, HybridGate, UnitGate, UnitGates
 
 
@@ -17,6 +17,8 @@ def read(path: Path, base_model: str | None, assume: Mapping[str, Any]) -> Artif
     from dylo_moe import read_checkpoint
 
     checkpoint = read_checkpoint(path, **assume)
+    for expert in (*checkpoint.experts, *(() if checkpoint.shared is None else (checkpoint.shared,))):
+        need_plain(_more(expert))
     state = checkpoint.router
     by_network = getattr(state, "level", None) == "feed_forward"
     whole = checkpoint.assumptions.get("genknowsub") in (None, "subtracted")  # else the files hold more than the experts
@@ -34,6 +36,18 @@ def read(path: Path, base_model: str | None, assume: Mapping[str, Any]) -> Artif
         base_config=checkpoint.base_config,
         base_state=checkpoint.base_state,
     )
+
+
+def _more(expert: Any) -> str:
+    """What this expert has beside A, B and a scaling."""
+    pairs = expert.modules.values()
+    found = {
+        "DoRA magnitudes": any(pair.magnitude is not None for pair in pairs),
+        "biases of B": any(pair.bias is not None for pair in pairs),
+        "modules of their own": bool(expert.replaced),
+        "biases of the base": bool(expert.biases),
+    }
+    return ", ".join(name for name, is_there in found.items() if is_there)
 
 
 def _adapters(modules: Mapping[str, Any]) -> dict[str, Adapter]:
