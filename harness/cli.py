@@ -88,6 +88,7 @@ def _judge(options: argparse.Namespace, laws: Sequence[Law], gate: Gate, command
 
 
 def _settings(options: argparse.Namespace, laws: Sequence[Law], gate: Gate, command: Sequence[str]) -> Settings:
+    from dylo_moe import parse_assumptions
     from harness.builtin import exhibits_for, users_exhibit
     from harness.docket import Settings
     from harness.subjects import find_subject
@@ -103,7 +104,6 @@ def _settings(options: argparse.Namespace, laws: Sequence[Law], gate: Gate, comm
     if not exhibits:
         formats = ", ".join(subject.formats) or "no format"
         raise Unusable(f"--subject: {options.subject} reads {formats}, of which there is no specimen: name a --checkpoint")
-    stated = {name: getattr(options, name) for name in ("lora_alpha", "top_k", "temperature", "router_features", "rng_seed")}
     if options.seed < 0:
         raise Unusable(f"--seed: found {options.seed}, expected 0 or more")
     return Settings(
@@ -115,7 +115,7 @@ def _settings(options: argparse.Namespace, laws: Sequence[Law], gate: Gate, comm
         base_model=options.base_model,
         device=_device(options.device),
         dtype=options.dtype,
-        assume={name: value for name, value in stated.items() if value is not None},
+        assume=parse_assumptions(options.assume),
         seed=options.seed,
         keep=options.keep,
         expect_hash=options.expect_hash,

@@ -13,7 +13,6 @@ from harness.outcome import Unusable
 
 PROGRAM = "validate_moe_modifications"
 OUTPUT = Path("validation")
-FEATURES = ("base", "all_experts", "embedding", "layer")
 DTYPES = ("float32", "bfloat16", "float16")
 
 
@@ -22,12 +21,6 @@ class OneLineParser(argparse.ArgumentParser):
 
     def error(self, message: str) -> NoReturn:
         raise Unusable(f"{message}; --help shows every option")
-
-
-def top_k(text: str) -> int | tuple[int, ...]:
-    """The value of --top-k: experts per token, in all layers or in each; argparse reports what is no integer."""
-    numbers = tuple(int(part) for part in text.split(","))
-    return numbers[0] if len(numbers) == 1 else numbers
 
 
 def parser() -> argparse.ArgumentParser:
@@ -54,11 +47,14 @@ def parser() -> argparse.ArgumentParser:
         "--subject", default="dylo-moe", metavar="NAME", help="implementation: dylo-moe, naive-loop or package.module:factory"
     )
     what.add_argument("--expect-hash", metavar="SHA256", help="refuse the checkpoint unless its hash is this")
-    what.add_argument("--lora-alpha", type=float, help="state what no file of the checkpoint records; likewise the next four")
-    what.add_argument("--top-k", type=top_k, metavar="K", help="an integer, or one for each layer: 2,2,4")
-    what.add_argument("--temperature", type=float)
-    what.add_argument("--router-features", choices=FEATURES)
-    what.add_argument("--rng-seed", type=int, help="of Arrow's prototypes")
+    what.add_argument(
+        "--assume",
+        action="append",
+        default=[],
+        metavar="NAME=VALUE",
+        help="what no file of the checkpoint records: an option of dylo_moe.read_checkpoint, as lora_alpha=32, top_k=[2,1] or "
+        "rng_seed=42; repeatable",
+    )
     which = made.add_argument_group("which checks")
     which.add_argument("--only", action="append", default=[], metavar="IDS", help="ids or globs, comma separated; repeatable")
     which.add_argument("--list", action="store_true", help="print every check's id and statement")
@@ -97,12 +93,12 @@ def _add_outputs(made: argparse.ArgumentParser) -> None:
 def reproduction(options: argparse.Namespace) -> str:
     """The options that change what a check sees, as a command line; `--checkpoint` is added per checkpoint."""
     words = []
-    stated = ("lora_alpha", "top_k", "temperature", "router_features", "rng_seed")
-    for name in ("base_model", "subject", *stated, "device", "dtype", "seed"):
+    for name in ("base_model", "subject", "device", "dtype", "seed"):
         value = getattr(options, name)
         if value is not None and value != parser().get_default(name):
-            text = ",".join(map(str, value)) if isinstance(value, tuple) else str(value)
-            words += [f"--{name.replace('_', '-')}", text]
+            words += [f"--{name.replace('_', '-')}", str(value)]
+    for stated in options.assume:
+        words += ["--assume", stated]
     if options.checks != CHECKS:
         words += ["--checks", str(options.checks)]
     return "".join(f" {shlex.quote(word)}" for word in words)

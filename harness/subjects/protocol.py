@@ -51,7 +51,7 @@ class Subject(Protocol):
     ) -> nn.Module:
         """The routed model of a checkpoint, on `device`, in `dtype` (the checkpoint's own for None).
 
-        assume: what the user states because no file records it, any of lora_alpha, top_k, temperature, router_features, rng_seed.
+        assume: what the user states because no file records it: options of dylo_moe.read_checkpoint, as {"lora_alpha": 32}.
         """
         ...
 

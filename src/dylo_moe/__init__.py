@@ -11,6 +11,7 @@ if TYPE_CHECKING:
     from dylo_moe.decoder import PeftMoEDecoder
     from dylo_moe.expert import ExpertManager
     from dylo_moe.formats import Checkpoint, detect_model_format, read_checkpoint
+    from dylo_moe.formats.options import parse_assumptions
     from dylo_moe.loading import load_checkpoint
     from dylo_moe.model import DyLoRA_MoE, attach_router, detach_router
     from dylo_moe.router import DynamicHybridRouter
@@ -27,6 +28,7 @@ _HOMES = {
     "detect_model_format": "formats",
     "download_artifact": "artifact",
     "load_checkpoint": "loading",
+    "parse_assumptions": "formats.options",
     "read_checkpoint": "formats",
 }
 __all__ = sorted(_HOMES)

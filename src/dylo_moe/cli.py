@@ -28,9 +28,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     options = {name: value for name, value in vars(arguments).items() if value is not None and name != "command"}
     try:
         if "assume" in options:
-            from dylo_moe.formats.options import parse_stated
+            from dylo_moe.formats.options import parse_assumptions
 
-            options["assume"] = parse_stated(options["assume"])
+            options["assume"] = parse_assumptions(options["assume"])
         return {"codegen": _codegen, "evaluate": _evaluate, "inspect": _inspect, "convert": _convert}[arguments.command](options)
     except (DyloMoeError, OSError) as error:
         print(f"dylo-moe: {' '.join(str(error).split())}", file=sys.stderr)

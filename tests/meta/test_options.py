@@ -2,21 +2,20 @@
 
 from __future__ import annotations
 
-import pytest
+import shlex
 
+from harness.cli import main
 from harness.options import parser, reproduction
-from harness.outcome import Unusable
+from harness.outcome import EXIT_UNUSABLE
 
 
-@pytest.mark.parametrize(("text", "value"), [("2", 2), ("1,3", (1, 3))])
-def test_top_k_is_one_number_or_one_per_layer_and_is_reproduced_as_it_was_given(text, value):
-    options = parser().parse_args(["--top-k", text])
-    assert options.top_k == value
-    assert f"--top-k {text}" in reproduction(options)
+def test_what_the_user_states_is_reproduced_as_it_was_given():
+    words = ["--assume", "top_k=[2, 1]", "--assume", "rng_seed=42", "--device", "cpu"]
+    again = shlex.split(reproduction(parser().parse_args(words)))
+    assert parser().parse_args(again).assume == ["top_k=[2, 1]", "rng_seed=42"]
 
 
-@pytest.mark.parametrize("text", ["two", "1,", "1.5"])
-def test_top_k_that_is_no_integer_is_refused_in_one_line(text):
-    with pytest.raises(Unusable, match="--top-k") as caught:
-        parser().parse_args(["--top-k", text])
-    assert "\n" not in str(caught.value)
+def test_a_statement_that_is_none_is_refused_in_one_line(tmp_path, capsys):
+    assert main(["--checkpoint", str(tmp_path), "--assume", "seed=1"]) == EXIT_UNUSABLE
+    error = capsys.readouterr().err
+    assert error.count("\n") == 1 and "rng_seed" in error and "NAME=VALUE" in error

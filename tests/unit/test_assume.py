@@ -10,7 +10,7 @@ from dylo_moe import PeftMoEDecoder
 from dylo_moe.cli import main
 from dylo_moe.errors import InvalidField, OptionError
 from dylo_moe.evalplus import run_codegen
-from dylo_moe.formats.options import parse_stated
+from dylo_moe.formats.options import parse_assumptions
 from harness.specimens import write_base
 from harness.specimens.arrow import write_arrow_checkpoint
 from harness.specimens.tasks import TASKS, write_task_set
@@ -18,7 +18,7 @@ from harness.specimens.tasks import TASKS, write_task_set
 
 def test_values_are_json_where_they_are_json_and_text_elsewhere():
     words = ["top_k=[2, 1]", "temperature=0.7", "rng-seed=42", "router_features=base", 'adapters={"0": "DIR"}']
-    assert parse_stated(words) == {
+    assert parse_assumptions(words) == {
         "top_k": (2, 1),
         "temperature": 0.7,
         "rng_seed": 42,
@@ -38,7 +38,7 @@ def test_values_are_json_where_they_are_json_and_text_elsewhere():
 )
 def test_impossible_statements_are_refused_with_the_known_names(words, word):
     with pytest.raises(OptionError, match=word):
-        parse_stated(words)
+        parse_assumptions(words)
 
 
 @pytest.fixture(scope="module")

@@ -33,7 +33,7 @@ class ReadOptions:
     adapters: Adapters = None
 
 
-def parse_stated(words: Sequence[str]) -> dict[str, Any]:
+def parse_assumptions(words: Sequence[str]) -> dict[str, Any]:
     """The words NAME=VALUE of a command line as options of `read_checkpoint`.
 
     A value that is JSON is read as such (2, 0.7, [2, 2, 1], {"code": "DIR"}), any other is text; a list becomes a tuple.
