@@ -117,7 +117,6 @@ def _classifier(router: Classifier) -> tuple[dict[str, object], Tensors]:
         "top_k": how.top_k,
         "global_scaling_weight": how.global_weight,
         "dropout": router.dropout,
-        "softmax_topk_over": "experts",
     }
     return section, tensors
 

@@ -83,12 +83,5 @@ def is_adapter(directory: Path) -> bool:
     return all((directory / file).is_file() for file in ("adapter_config.json", "adapter_model.safetensors"))
 
 
-def softmax_topk(enabled: bool, over: str) -> bool:
-    """X-LoRA's second softmax. Raises ValueError where it is not over one token's experts: see harness/oracles/xlora.py."""
-    if enabled and over != "experts":
-        raise ValueError(f"enable_softmax_topk over {over!r}: found a softmax over several tokens, expected one per token")
-    return enabled
-
-
 def array(tensor: Tensor) -> np.ndarray:
     return tensor.detach().cpu().double().numpy()

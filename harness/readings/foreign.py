@@ -9,7 +9,7 @@ from typing import Any
 from harness.artifact import Adapter, Artifact
 from harness.oracles.gates import Rule
 from harness.oracles.xlora import Scaling
-from harness.readings.files import adapter_directory, array, need_plain, softmax_topk
+from harness.readings.files import adapter_directory, array, need_plain
 from harness.routers import Classifier, HybridGate, UnitGate, UnitGates
 
 
@@ -64,7 +64,7 @@ def _classifier(state: Any) -> Classifier:
         state.num_layers,
         layerwise=state.layerwise,
         softmax=state.enable_softmax,
-        softmax_topk=softmax_topk(state.enable_softmax_topk, state.softmax_topk_over),
+        softmax_topk=state.enable_softmax_topk,
         temperature=state.softmax_temperature,
         top_k=state.top_k,
         global_weight=state.global_scaling_weight,

@@ -11,7 +11,7 @@ from torch import Tensor
 from harness.artifact import Artifact
 from harness.oracles.gates import Rule
 from harness.oracles.xlora import Scaling
-from harness.readings.files import array, read_json, read_peft_adapter, read_tensors, softmax_topk
+from harness.readings.files import array, read_json, read_peft_adapter, read_tensors
 from harness.routers import Classifier, HybridGate, Router, UnitGate, UnitGates
 
 
@@ -52,7 +52,7 @@ def _classifier(section: Mapping[str, Any], tensors: Mapping[str, Tensor], count
         section["num_layers"],
         layerwise=section["layerwise"],
         softmax=section["enable_softmax"],
-        softmax_topk=softmax_topk(section["enable_softmax_topk"], section["softmax_topk_over"]),
+        softmax_topk=section["enable_softmax_topk"],
         temperature=section["softmax_temperature"],
         top_k=section["top_k"],
         global_weight=section["global_scaling_weight"],

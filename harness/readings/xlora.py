@@ -15,7 +15,7 @@ from torch import Tensor
 
 from harness.artifact import Artifact
 from harness.oracles.xlora import Scaling
-from harness.readings.files import array, is_adapter, read_json, read_peft_adapter, read_tensors, softmax_topk, weights_file
+from harness.readings.files import array, is_adapter, read_json, read_peft_adapter, read_tensors, weights_file
 from harness.routers import Classifier
 
 
@@ -30,7 +30,9 @@ def read_peft(path: Path, base_model: str | None, assume: Mapping[str, Any]) -> 
 
 def read_standalone(path: Path, base_model: str | None, assume: Mapping[str, Any]) -> Artifact:
     config = read_json(path / "xlora_config.json")
-    config = {**config, "base_model_name_or_path": config.get("base_model_id"), "global": True}
+    config = {**config, "base_model_name_or_path": config.get("base_model_id")}
+    if config.get("enable_softmax_topk"):  # see harness/oracles/xlora.py
+        raise ValueError(f"{path}: enable_softmax_topk: found a softmax over several tokens, expected one per token")
     tensors = read_tensors(weights_file(path, "xlora_classifier"))
     inner = [name for name in tensors if name.startswith("inner.")]
     last = 1 + max((int(name.split(".")[1]) for name in inner), default=-1)
@@ -74,7 +76,7 @@ def _classifier(config: Mapping[str, Any], tensors: Mapping[str, Tensor], num_ex
         num_layers,
         layerwise=bool(config.get("layerwise_scalings")),
         softmax=config.get("enable_softmax", True),
-        softmax_topk=softmax_topk(bool(config.get("enable_softmax_topk")), "all" if config.get("global") else "experts"),
+        softmax_topk=bool(config.get("enable_softmax_topk")),
         temperature=config.get("softmax_temperature", 1.0),
         top_k=config.get("top_k_lora"),
         global_weight=config.get("global_scaling_weight", 1.0),

@@ -91,9 +91,7 @@ _CONFIGS: dict[str, Callable[[dict[str, int]], PreTrainedConfig]] = {
 FAMILIES = tuple(_CONFIGS)
 
 
-def write_base(
-    directory: str | Path, family: str, *, seed: int = 0, dtype: str = "float32", chat_template: bool = False
-) -> Path:
+def write_base(directory: str | Path, family: str, *, seed: int = 0, dtype: str = "float32", chat_template: bool = False) -> Path:
     """Writes a random causal language model of `family` (one of FAMILIES) and its tokenizer; returns the directory.
 
     The files are the same, byte for byte, whenever the arguments are the same, whatever the state of any global random

@@ -18,15 +18,13 @@ CHAT_TEMPLATE = (
 )
 
 CORPUS = (
-    "def add(a, b):\n    return a + b\n\n\n"
-    "def scale(values, factor):\n    return [value * factor for value in values]\n",
+    "def add(a, b):\n    return a + b\n\n\ndef scale(values, factor):\n    return [value * factor for value in values]\n",
     "import math\nfrom typing import List\n\n\ndef mean(numbers: List[float]) -> float:\n"
     '    """Return the mean of the numbers.\n\n    >>> mean([1.0, 2.0])\n    1.5\n    """\n'
     "    if not numbers:\n        raise ValueError('no numbers')\n    return sum(numbers) / len(numbers)\n",
     "class Stack:\n    def __init__(self):\n        self.items = []\n\n    def push(self, item):\n"
     "        self.items.append(item)\n\n    def pop(self):\n        return self.items.pop()\n",
-    "for index, value in enumerate(sorted(values)):\n"
-    "    if value > limit:\n        break\n    else:\n        continue\n",
+    "for index, value in enumerate(sorted(values)):\n    if value > limit:\n        break\n    else:\n        continue\n",
     "while left < right:\n"
     "    middle = (left + right) // 2\n    if values[middle] < target:\n        left = middle + 1\n"
     "    else:\n        right = middle\nreturn left\n",

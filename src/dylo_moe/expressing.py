@@ -60,17 +60,12 @@ def _as_xlora(checkpoint: Checkpoint) -> tuple[Checkpoint, tuple[str, ...]]:
 
 def _in_pefts_words(checkpoint: Checkpoint, state: XLoraState) -> tuple[XLoraState, tuple[str, ...]]:
     """What the standalone package can say in two ways: no bias, which is a bias of zeros; settings that have no effect."""
-    if state.enable_softmax_topk and state.softmax_topk_over != "experts":
-        reason = (
-            "its softmax after top_k is over all layers together (the standalone package's), PEFT's is over each layer's experts"
-        )
-        raise refusal(checkpoint, "xlora", reason)
     if len(state.layers) > 1 and not state.use_relu:
         raise refusal(checkpoint, "xlora", "its classifier has no ReLU between its layers, PEFT's always has")
     layers = tuple((weight, _zeros(weight) if bias is None else bias) for weight, bias in state.layers)
     changed = any(bias is None for _, bias in state.layers)
     notes = ("the classifier got biases of zeros, because PEFT's has biases",) if changed else ()
-    return replace(state, layers=layers, use_relu=True, softmax_topk_over="experts"), notes
+    return replace(state, layers=layers, use_relu=True), notes
 
 
 def _zeros(weight: Tensor) -> Tensor:

@@ -104,8 +104,6 @@ def _check(state: XLoraState) -> None:
         raise RoutingError(f"top_k={state.top_k}, but should be None or from 1 to num_experts={state.num_experts}")
     if not state.softmax_temperature > 0:
         raise RoutingError(f"softmax_temperature={state.softmax_temperature}, but should be above 0")
-    if state.enable_softmax_topk and state.softmax_topk_over != "experts":
-        raise RoutingError("a softmax over several tokens would let a token depend on later ones and on other rows")
     outputs = state.num_experts * (state.num_layers if state.layerwise else 1)
     found = state.layers[-1][0].shape[0]
     if found != outputs:

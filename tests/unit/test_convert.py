@@ -361,11 +361,6 @@ REFUSED = {
     "gates into X-LoRA": (lambda: mixture(gates()), {"to": "xlora"}, "its own layer's input"),
     "other features into X-LoRA": (lambda: mixture(hybrid("all_experts")), {"to": "xlora"}, "all_experts"),
     "shared into X-LoRA": (lambda: mixture(classifier(), shared=expert("all")), {"to": "xlora"}, "shared"),
-    "softmax over all layers": (
-        lambda: mixture(classifier(enable_softmax_topk=True, softmax_topk_over="all")),
-        {"to": "xlora"},
-        "standalone",
-    ),
     "classifier without ReLU": (lambda: mixture(classifier(use_relu=False)), {"to": "xlora"}, "ReLU"),
     "DoRA into X-LoRA": (lambda: dora(mixture(classifier())), {"to": "xlora"}, "code|DoRA|plain"),
     "merge into X-LoRA": (lambda: mixture(classifier()), {"to": "xlora", "merge": [1, 1]}, "peft-lora"),

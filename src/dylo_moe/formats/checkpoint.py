@@ -83,8 +83,7 @@ class XLoraState:
     layers: (weight (out, in), bias (out,) or None) of each Linear; the last has num_experts outputs, num_layers times as many
         if layerwise.
     top_k: None mixes all experts; else the others' scalings become 0 and the rest is not renormalised.
-    softmax_topk_over: what enable_softmax_topk normalises over: "experts" (PEFT), or "all", the selected entries of every token
-        of the batch together (the standalone package): not causal, so no router of ours runs it.
+    enable_softmax_topk: a softmax over the scalings of one layer that are not 0, token by token.
     """
 
     layers: tuple[tuple[Tensor, Tensor | None], ...]
@@ -98,7 +97,6 @@ class XLoraState:
     global_scaling_weight: float = 1.0
     dropout: float = 0.0
     use_relu: bool = True
-    softmax_topk_over: str = "experts"
 
     features = "base"
 

@@ -90,7 +90,6 @@ def _expressible(checkpoint: Checkpoint, directory: Path) -> XLoraState:
 def _check_classifier(state: XLoraState, directory: Path) -> None:
     widths = {weight.shape[0] for weight, _ in state.layers[:-1]}
     wrong = {
-        "enable_softmax_topk": state.enable_softmax_topk and state.softmax_topk_over != "experts",
         "use_relu": len(state.layers) > 1 and not state.use_relu,
         "bias": any(bias is None for _, bias in state.layers),
         "xlora_size": len(widths) > 1,

@@ -31,7 +31,7 @@ XLORA, GATES = "xlora", "gates"
 LEVELS = ("linear", "feed_forward")
 MAX_WIDTH = 10_000_000
 _FLAGS = ("layerwise", "enable_softmax", "enable_softmax_topk", "use_relu")
-_OTHERS = ("num_layers", "softmax_temperature", "top_k", "global_scaling_weight", "dropout", "softmax_topk_over")
+_OTHERS = ("num_layers", "softmax_temperature", "top_k", "global_scaling_weight", "dropout")
 _THRESHOLD_GATES = {None: 0, "weight": 1, "weight and bias": 2}
 Shapes = dict[str, tuple[int, ...]]
 
@@ -125,7 +125,6 @@ def _xlora_settings(section: Mapping[str, Any], path: Path, count: int) -> dict[
     settings["dropout"] = _number(section, "dropout", path)
     if not 0 <= settings["dropout"] < 1:
         raise InvalidField(path, "router.dropout", found=settings["dropout"], expected="a number from 0 to below 1")
-    settings["softmax_topk_over"] = _one_of(section, "softmax_topk_over", path, ("experts", "all"))
     return settings
 
 

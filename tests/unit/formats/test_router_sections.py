@@ -26,7 +26,7 @@ def test_classifier_reads_back_bit_for_bit(tmp_path, layerwise, bias, dtype):
 
 def test_every_setting_of_a_classifier_reads_back(tmp_path):
     settings = {"enable_softmax": False, "enable_softmax_topk": True, "softmax_temperature": 0.3, "top_k": 1}
-    settings |= {"global_scaling_weight": -0.7, "dropout": 0.2, "use_relu": False, "softmax_topk_over": "all"}
+    settings |= {"global_scaling_weight": -0.7, "dropout": 0.2, "use_relu": False}
     state = classifier(**settings)
     default = classifier()
     assert all(getattr(state, name) != getattr(default, name) for name in settings)
@@ -147,7 +147,6 @@ CLASSIFIER_DEFECTS = {
     "temperature 0": (put("softmax_temperature", 0), errors.InvalidField, "softmax_temperature"),
     "dropout 1": (put("dropout", 1.0), errors.InvalidField, "dropout"),
     "scaling of text": (put("global_scaling_weight", "1"), errors.InvalidField, "global_scaling_weight"),
-    "unknown normalisation": (put("softmax_topk_over", "layers"), errors.InvalidField, "softmax_topk_over"),
     "number of layers 0": (put("num_layers", 0), errors.InvalidField, "num_layers"),
 }
 

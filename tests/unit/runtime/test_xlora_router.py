@@ -95,7 +95,6 @@ def test_state_gives_the_settings_and_tensors_back():
         ({"top_k": 5}, "top_k=5"),
         ({"softmax_temperature": 0.0}, "softmax_temperature=0.0"),
         ({"num_experts": 3}, "4 outputs for 3 weights"),
-        ({"enable_softmax_topk": True, "softmax_topk_over": "all"}, "several tokens"),
     ],
 )
 def test_an_impossible_state_is_refused(changes, message):
