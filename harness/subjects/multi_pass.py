@@ -29,9 +29,12 @@ class MultiPassModel(NaiveLoopModel):
         expert_id: int | Tensor | None = None,
     ) -> MoeCausalLMOutputWithPast:
         weights = self.explicit_weights(input_ids, routing_weights, expert_id)
-        if weights is None:
+        chosen_by_router = weights is None
+        if chosen_by_router and self.features == "layer":  # each layer's input is known only within a pass
             super().forward(input_ids, attention_mask)
             weights = self.last_routing_weights
+        elif chosen_by_router:
+            weights = self.router(self.router_features(input_ids, attention_mask))
         weights = weights.mean(dim=2) if weights.dim() == 4 else weights
         passes = [super(MultiPassModel, self).forward(input_ids, attention_mask, expert_id=e) for e in range(self.num_experts)]
         self.last_routing_weights = weights.detach()
@@ -40,7 +43,10 @@ class MultiPassModel(NaiveLoopModel):
         if labels is None:
             return MoeCausalLMOutputWithPast(logits=logits)
         loss = self.base.loss_function(logits=logits, labels=labels, vocab_size=self.config.vocab_size)
-        return MoeCausalLMOutputWithPast(loss=loss, logits=logits)
+        auxiliary = self.load_balance(weights, attention_mask) if chosen_by_router else None
+        if auxiliary is not None:
+            loss = loss + self.balance.get("router_aux_loss_coef", 0.01) * auxiliary
+        return MoeCausalLMOutputWithPast(loss=loss, aux_loss=auxiliary, logits=logits)
 
 
 def _mean_over_tokens(weights: Tensor, mask: Tensor | None) -> Tensor:

@@ -176,6 +176,7 @@ class PeftXLoraSubject:
         config = PeftConfig.from_pretrained(str(checkpoint))
         if config.peft_type != "XLORA":
             raise ValueError(f"{checkpoint}: a {config.peft_type.value} checkpoint, which PEFT's X-LoRA does not read")
+        config.use_trainable_adapters = True  # else PEFT freezes the experts; the laws ask what their gradients are
         # A moved checkpoint records where its experts were. Where they still are PEFT reads them there, and must: the copies that
         # its save_pretrained puts inside hold base weights, whose names send its loader round an endless loop (0.21.2).
         # The file's order is PEFT's order.
