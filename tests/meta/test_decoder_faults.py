@@ -8,7 +8,7 @@ import pytest
 from evalplus.provider.utility import EOS
 
 import harness.checks.decoder as checks_file
-from fixtures.decoder_faults import DECODER_FAULTS
+from fixtures.decoder_faults import DECODER_FAULTS, FaultyDecoding
 from fixtures.layouts import BY_NAME, write_layout
 from harness import compare, outcome
 from harness.bench import Bench
@@ -88,3 +88,12 @@ def test_correct_decoder_of_other_checkpoints_raises_no_alarm(family, options, t
     ended = {check: judge(bench, check) for check in CHECKS}
     assert not {check: found for check, found in ended.items() if found[0] in (outcome.FAIL, outcome.ERROR)}
     assert sum(found[0] == outcome.PASS for found in ended.values()) >= 8, ended
+
+
+def test_text_with_tabs_raises_no_alarm(checkpoint):
+    def writes_tabs(decoder, options):
+        text_of = decoder._decode
+        decoder._decode = lambda ids: text_of(ids)[:6] + "\t".join(text_of(ids)[6:])
+
+    found = judge(Bench(checkpoint, FaultyDecoding(writes_tabs)), "decoder.cut_at_earliest_stop")
+    assert found == (outcome.PASS, "NoneType: None")
