@@ -15,6 +15,7 @@ from dylo_moe.config import MoELoraConfig
 from dylo_moe.errors import RoutingError
 from dylo_moe.expert import ExpertManager, expert_order
 from dylo_moe.formats import Checkpoint, write_native
+from dylo_moe.guard import guard, unguard
 from dylo_moe.replaced import check_versions, has_biases, saved_modules
 from dylo_moe.routable import notes_on, restore_layers, routable_layers, route_layers, routed_units
 from dylo_moe.routed import Mixture, RoutedLinear
@@ -68,6 +69,7 @@ class DyLoRA_MoE(nn.Module):
         self.expert_manager = ExpertManager(peft_model)
         self._trainable_before = {n: p.requires_grad for n, p in peft_model.named_parameters()}
         route_layers(self.causal_lm, layers, mixture, units)
+        guard(peft_model)
         self.routing = Routing(self.causal_lm, self.mixture, router, self.moe_config.router_features)
         # The router must not be dense because nobody called eval() on it while the model was evaluated.
         self.training = self.causal_lm.training
@@ -268,10 +270,13 @@ def detach_router(model: DyLoRA_MoE) -> PeftModel:
     """
     if not isinstance(model, DyLoRA_MoE):
         raise RoutingError(f"detach_router takes the model that attach_router returned, not a {type(model).__name__}")
+    if model.routing.removed:
+        raise RoutingError("this model was detached already; its PeftModel may be routed by another one")
     if has_biases(model.causal_lm):
         raise RoutingError("experts have biases of their own, for which a PeftModel has no place; save_pretrained keeps them")
     model.routing.remove()
     restore_layers(model.causal_lm)
+    unguard(model.peft_model)
     for name, parameter in model.peft_model.named_parameters():
         parameter.requires_grad_(model._trainable_before.get(name, parameter.requires_grad))
     return model.peft_model
