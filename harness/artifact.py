@@ -20,11 +20,43 @@ from harness.routers import HybridGate, Router
 
 @dataclass(frozen=True)
 class Adapter:
-    """One expert on one Linear: delta(x) = scaling * B (A x); lora_A (r, I), lora_B (O, r), float64."""
+    """One expert on one Linear: delta(x) = scaling * (B (A x) + bias); lora_A (r, I), lora_B (O, r), float64.
+
+    bias: (O,) or None, of B, which is PEFT's lora_bias. magnitude: (O,) or None; with it, the expert is DoRA
+    (arXiv 2402.09353, eq. 5): magnitude / |W + scaling B A| * (W x + scaling B A x) in place of W x, the norm of each row.
+    """
 
     lora_A: np.ndarray
     lora_B: np.ndarray
     scaling: float
+    magnitude: np.ndarray | None = None
+    bias: np.ndarray | None = None
+
+
+class Expert(dict[str, Adapter]):
+    """Module's path in the base model -> its Adapter, and what the expert has beside them, in float64.
+
+    replaced: path of a module -> its parameters by name, in the expert's own version (PEFT's modules_to_save);
+    biases: path of a module -> the expert's own version of its bias (PEFT's bias).
+    """
+
+    def __init__(
+        self,
+        adapters: Mapping[str, Adapter],
+        replaced: Mapping[str, Mapping[str, np.ndarray]] | None = None,
+        biases: Mapping[str, np.ndarray] | None = None,
+    ) -> None:
+        super().__init__(adapters)
+        self.replaced, self.biases = dict(replaced or {}), dict(biases or {})
+
+
+def versions_of(expert: Mapping[str, Adapter]) -> dict[str, dict[str, np.ndarray]]:
+    """Path of a module -> those of its parameters that the expert has in a version of its own."""
+    if not isinstance(expert, Expert):
+        return {}
+    return {module: dict(parameters) for module, parameters in expert.replaced.items()} | {
+        module: {"bias": bias} for module, bias in expert.biases.items()
+    }
 
 
 @dataclass(frozen=True)
@@ -55,6 +87,11 @@ class Artifact:
     def modules(self) -> tuple[str, ...]:
         """Paths of the modules that hold an expert's adapter, sorted."""
         return tuple(sorted({module for expert in self.experts for module in expert}))
+
+    @property
+    def versioned(self) -> tuple[str, ...]:
+        """Paths of the modules that some expert has, or whose bias it has, in a version of its own, sorted."""
+        return tuple(sorted({module for expert in self.experts for module in versions_of(expert)}))
 
     @property
     def num_experts(self) -> int:

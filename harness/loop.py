@@ -14,9 +14,11 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 from transformers.modeling_outputs import MoeCausalLMOutputWithPast
+from transformers.pytorch_utils import Conv1D
 
-from harness.artifact import Adapter, Artifact, load_base
+from harness.artifact import Adapter, Artifact, load_base, versions_of
 from harness.loop_routers import linear, make_router, routers_of
+from harness.loop_versions import LoopVersions, parameter, plain
 from harness.routers import in_order
 
 # What a layer calls the adapter that is no expert.
@@ -39,6 +41,11 @@ class LoopLinear(nn.Module):
         self.lora_A = nn.ModuleDict({name: linear(a.lora_A, dtype) for name, a in held.items()})
         self.lora_B = nn.ModuleDict({name: linear(a.lora_B, dtype) for name, a in held.items()})
         self.scaling = {name: a.scaling for name, a in held.items()}
+        for name, adapter in held.items():
+            if adapter.bias is not None:
+                self.lora_B[name].bias = parameter(adapter.bias, dtype)
+        magnitudes = {name: parameter(a.magnitude, dtype) for name, a in held.items() if a.magnitude is not None}
+        self.magnitudes = nn.ParameterDict(magnitudes)
         self.is_off = False  # the base model
         self.weights: Tensor | None = None  # of the pass under way, (B, S, E)
         self.gates: tuple[nn.Module, ...] = ()  # what routes this layer's own input
@@ -62,7 +69,16 @@ class LoopLinear(nn.Module):
         return y + self.delta(SHARED, x) if SHARED in self.lora_A else y
 
     def delta(self, name: str, x: Tensor) -> Tensor:
-        return self.scaling[name] * self.lora_B[name](self.lora_A[name](x))
+        low_rank = self.scaling[name] * self.lora_B[name](self.lora_A[name](x))
+        return low_rank if name not in self.magnitudes else self.with_magnitude(name, x, low_rank)
+
+    def with_magnitude(self, name: str, x: Tensor, low_rank: Tensor) -> Tensor:
+        """DoRA (arXiv 2402.09353, eq. 5) minus W x; in training the norm is a constant (section 4.3)."""
+        layer = plain(self.base_layer)
+        weight = layer.weight.T if isinstance(layer, Conv1D) else layer.weight
+        changed = weight + self.scaling[name] * self.lora_B[name].weight @ self.lora_A[name].weight
+        scale = self.magnitudes[name] / changed.detach().norm(dim=1)
+        return (scale - 1) * nn.functional.linear(x, weight) + scale * low_rank
 
 
 class LoopFeedForward(nn.Module):
@@ -108,11 +124,21 @@ class LoopModel(nn.Module):
         self.balance = artifact.balance
         self.balance_kind = artifact.balance_kind
         self.features = artifact.router.features if artifact.router else None
+        self._versions = self._wrap_versions(artifact, dtype)
         self._layers = self._wrap(artifact)
         self._networks = self._wrap_networks(artifact)
         self.router = make_router(in_order(artifact.router, list(self.units())), dtype)
         self.last_routing_weights: Tensor | None = None
         self.eval()
+
+    def _wrap_versions(self, artifact: Artifact, dtype: torch.dtype) -> dict[str, LoopVersions]:
+        own = [versions_of(expert) for expert in artifact.experts]
+        found = {}
+        for path in artifact.versioned:
+            versions = {expert: modules[path] for expert, modules in enumerate(own) if path in modules}
+            found[path] = LoopVersions(self.base.get_submodule(path), versions, dtype)
+            self._put(path, found[path])
+        return found
 
     def _wrap(self, artifact: Artifact) -> dict[str, LoopLinear]:
         layers, experts = {}, dict(zip(artifact.names, artifact.experts, strict=True))
@@ -165,6 +191,8 @@ class LoopModel(nn.Module):
             self._put(path, network.network)
         for path, layer in self._layers.items():
             self._put(path, layer.base_layer)
+        for path, versions in self._versions.items():
+            self._put(path, versions.module)
         return self.base
 
     def forward(
@@ -206,7 +234,8 @@ class LoopModel(nn.Module):
     def router_features(self, ids: Tensor, mask: Tensor | None = None) -> Tensor:
         """What the router looks at: (B, S, H)."""
         if self.features == "embedding":
-            return self.base.get_input_embeddings()(ids)
+            with self._off():
+                return self.base.get_input_embeddings()(ids)
         everything = torch.ones(*ids.shape, self.num_experts, dtype=self.dtype, device=ids.device)
         with self._routing(everything) if self.features == "all_experts" else self._off():
             return self.base.base_model(**_inputs(ids, mask)).last_hidden_state
@@ -246,7 +275,7 @@ class LoopModel(nn.Module):
 
     @contextmanager
     def _off(self) -> Iterator[None]:
-        everything = [*self._layers.values(), *self._networks.values()]
+        everything = [*self._layers.values(), *self._networks.values(), *self._versions.values()]
         for module in everything:
             module.is_off = True
         try:
@@ -260,6 +289,8 @@ class LoopModel(nn.Module):
         """weights (B, S, E) or (B, S, L, E); None where the router looks at each unit's own input."""
         routers = routers_of(self.router) if weights is None else []
         units = list(self.units().values())
+        for versions in self._versions.values():
+            versions.weights = weights
         for index, unit in enumerate(units):
             unit.gates = (routers[index if len(routers) > 1 else 0],) if routers else ()
             unit.weights = weights[:, :, index] if weights is not None and weights.dim() == 4 else weights

@@ -22,8 +22,10 @@ from transformers.pytorch_utils import Conv1D
 from harness.artifact import Adapter, Artifact
 from harness.loop import LoopModel
 from harness.loop_routers import oracle_router
+from harness.loop_versions import plain
 from harness.oracles import mixture, strategies
 from harness.oracles import router as router_oracle
+from harness.outcome import NotApplicable
 from harness.readings import read_artifact
 from harness.routers import Decider, Router, in_order
 
@@ -187,20 +189,25 @@ class Reference:
 
         A shared adapter on it is part of the weight: it is always there.
         """
-        base = self.model.routed_layers()[module].base_layer
+        base = plain(self.model.routed_layers()[module].base_layer)
         weight = base.weight.numpy().T if isinstance(base, Conv1D) else base.weight.numpy()
         outputs, inputs = weight.shape
         shared = self.artifact.shared.get(module)
+        adapters = [expert.get(module) for expert in self.experts]
         if shared is not None:
+            if any(a is not None and (a.magnitude is not None or a.bias is not None) for a in (shared, *adapters)):
+                raise NotApplicable("beside a shared adapter, a layer alone is judged with sums of deltas only")
             weight = weight + shared.scaling * shared.lora_B @ shared.lora_A
         none = Adapter(np.zeros((1, inputs)), np.zeros((outputs, 1)), 0.0)
-        adapters = [expert.get(module, none) for expert in self.experts]
+        adapters = [none if adapter is None else adapter for adapter in adapters]
         return mixture.Layer(
             weight,
             None if getattr(base, "bias", None) is None else base.bias.numpy(),
             tuple(a.lora_A for a in adapters),
             tuple(a.lora_B for a in adapters),
             tuple(a.scaling for a in adapters),
+            tuple(a.magnitude for a in adapters) if any(a.magnitude is not None for a in adapters) else (),
+            tuple(a.bias for a in adapters) if any(a.bias is not None for a in adapters) else (),
         )
 
     @torch.no_grad()

@@ -11,7 +11,7 @@ import numpy as np
 import torch
 from safetensors.torch import save_file
 
-from harness.artifact import Adapter, Artifact
+from harness.artifact import Adapter, Artifact, Expert
 from harness.routers import Classifier, HybridGate, Router, UnitGate, UnitGates
 
 
@@ -56,6 +56,13 @@ def _write_expert(directory: Path, expert: Mapping[str, Adapter], base: str | No
     for module, adapter in expert.items():
         tensors[f"base_model.model.{module}.lora_A.weight"] = torch.from_numpy(adapter.lora_A).float().contiguous()
         tensors[f"base_model.model.{module}.lora_B.weight"] = torch.from_numpy(adapter.lora_B).float().contiguous()
+        more = {"lora_magnitude_vector": adapter.magnitude, "lora_B.bias": adapter.bias}
+        tensors |= {f"base_model.model.{module}.{part}": stored(values) for part, values in more.items() if values is not None}
+    beside = expert if isinstance(expert, Expert) else Expert(expert)
+    for module, parameters in beside.replaced.items():
+        tensors |= {f"base_model.model.{module}.{part}": stored(values) for part, values in parameters.items()}
+    for module, bias in beside.biases.items():
+        tensors[f"base_model.model.{module}{'.base_layer' if module in expert else ''}.bias"] = stored(bias)
     save_file(tensors, directory / "adapter_model.safetensors", metadata={"format": "pt"})
     config = {
         "peft_type": "LORA",
@@ -72,9 +79,16 @@ def _write_expert(directory: Path, expert: Mapping[str, Adapter], base: str | No
         "target_modules": sorted(expert),
         "fan_in_fan_out": transposed,
         "lora_dropout": 0.0,
-        "bias": "none",
+        "bias": "all" if beside.biases else "none",
+        "modules_to_save": sorted(beside.replaced) or None,
+        "use_dora": any(adapter.magnitude is not None for adapter in expert.values()),
+        "lora_bias": any(adapter.bias is not None for adapter in expert.values()),
     }
     _write_json(directory / "adapter_config.json", config)
+
+
+def stored(values: np.ndarray) -> torch.Tensor:
+    return torch.from_numpy(np.array(values)).float()
 
 
 Tensors = dict[str, "np.ndarray | None"]

@@ -22,6 +22,7 @@ from harness.artifact import Adapter, load_base
 from harness.bench import Bench
 from harness.compare import as_float64, assert_within, rounding_floor, twice_the_loop
 from harness.loop import LoopModel
+from harness.loop_versions import plain
 from harness.outcome import NotApplicable, Void
 from harness.readings.layouts import NATIVE
 from harness.reference import Reference
@@ -119,7 +120,7 @@ class Workings:
             artifact,
             experts=artifact.experts if experts is None else experts,
             router=artifact.router if isinstance(router, str) else router,
-            transposed=any(isinstance(layer.base_layer, Conv1D) for layer in layers),
+            transposed=any(isinstance(plain(layer.base_layer), Conv1D) for layer in layers),
         )
 
     def variant_for_weights(self, experts: Sequence[Mapping[str, Adapter]]) -> Path:
@@ -188,6 +189,22 @@ class Workings:
         return twice_the_loop(loop, exact, self.dtype)
 
     @cached_property
+    def routed_bound(self) -> float:
+        """`bound`, and where the router's rule makes more of its scores' errors than a softmax does, what this moves the logits
+        by: all weights off by it at once, in random directions. (A low temperature; AdaMoLE's small sum to divide by.)
+        """
+        if self.reference.router is None:
+            return self.bound
+        steeper = np.maximum(self.reference.router_sensitivity(self.ids, self.mask) - 0.5, 0)
+        if not steeper.any():
+            return self.bound
+        weights = self.reference.routing_weights(self.ids, self.mask)
+        signs = self.bench.rng(9).choice((-1.0, 1.0), size=weights.shape)
+        moved = weights + np.where(weights == 0, 0.0, signs * 2 * self.router_error * steeper)
+        logits = self.reference.logits(self.ids, self.mask, weights=torch.from_numpy(moved))
+        return self.bound + float(np.abs(logits - self.reference_logits)[self.decided].max())
+
+    @cached_property
     def decided(self) -> np.ndarray:
         """(B, S): tokens whose routing, and that of every token before them, is no near tie. Everywhere without a router."""
         if self.reference.router is None:
@@ -233,11 +250,20 @@ class Workings:
         """What the model calls its experts, in the order of the weights' columns."""
         return list(getattr(model, "expert_names", self.reference.artifact.names))
 
-    def same_logits(self, got: Tensor, want: object, what: str, *, twice: bool = False, where: np.ndarray | None = None) -> None:
-        """Logits against the reference, or, with `twice`, of two answers that may each be off by the bound."""
+    def same_logits(  # noqa: PLR0913  the options are keywords
+        self,
+        got: Tensor,
+        want: object,
+        what: str,
+        *,
+        twice: bool = False,
+        where: np.ndarray | None = None,
+        bound: float | None = None,
+    ) -> None:
+        """Logits against the reference, or, with `twice`, of two answers that may each be off by the bound; `bound` unless given."""
         __tracebackhide__ = True
         where = self.valid if where is None else where
-        bound = self.bound * (2 if twice else 1)
+        bound = (self.bound if bound is None else bound) * (2 if twice else 1)
         assert_within(as_float64(got)[where], as_float64(want)[where], bound, effect=self.effect, what=what)
 
     # What is needed
@@ -285,6 +311,19 @@ class Workings:
     def need_units_to_be_linears(self) -> None:
         if self.reference.artifact.feed_forwards:
             raise NotApplicable("whole feed-forward networks are mixed here, and no Linear alone")
+
+    def need_sums(self, reason: str) -> None:
+        """No DoRA here: all experts are sums of deltas. reason: why the law is about no others."""
+        held = (*self.reference.experts, self.reference.artifact.shared)
+        if any(adapter.magnitude is not None for expert in held for adapter in expert.values()):
+            raise NotApplicable(f"experts have magnitudes (DoRA): {reason}")
+
+    def layers_alone(self) -> list[str]:
+        """Routed Linears that a law may ask alone: the routing of an expert's own bias is known to a whole pass only."""
+        names = [name for name in self.reference.module_names if name not in self.reference.artifact.versioned]
+        if not names:
+            raise NotApplicable("experts have a bias of their own in every routed Linear: those are judged in whole passes")
+        return names
 
     def permuted_router(self, order: Sequence[int]) -> Router | None:
         """The router of these experts in this order; of fewer experts than it chooses, it chooses all."""

@@ -1,4 +1,4 @@
-"""Laws of one routed Linear: y = W x + b + sum_e w_e s_e B_e A_e x.
+"""Laws of one routed Linear: y = W x + b + sum_e w_e delta_e(x), as harness/oracles/mixture.py defines it.
 
 Each is asked of one layer of every kind (q_proj, down_proj, ...), alone, through `layer.mix(x, weights)`.
 T rows of tokens and inputs I, outputs O, experts E.
@@ -51,7 +51,7 @@ class Case:
 
 
 def check_equals_oracle(bench: Bench) -> None:
-    """The layer's output is W x + b + sum_e w_e s_e B_e A_e x.
+    """The layer's output is W x + b + sum_e w_e s_e B_e A_e x; with DoRA or lora_bias, what their equations say in that sum.
 
     Reason: this sum is what a LoRA mixture of experts is; stock PEFT, handed the weights, returns the plain sum of all experts.
     Tolerance: the dot-product bound (Higham 2002, 3.1) for the longest chain of roundings, over the oracle's absolute values.
@@ -109,7 +109,7 @@ def check_equal_experts(bench: Bench) -> None:
     for case in _cases(bench):
         if case.name not in w.reference.experts[0]:
             continue
-        oracle = _reordered(case.oracle, [0] * w.experts)
+        oracle = case.oracle.reordered([0] * w.experts)
         same = replace(case, oracle=oracle, layer=model.routed_layers()[case.name])
         got = same.layer.mix(same.x, same.weights)
         alone = torch.zeros_like(case.weights)
@@ -157,8 +157,8 @@ def check_constant_weights_equal_merged(bench: Bench) -> None:
     """
     for case in _cases(bench):
         constant = case.weights[:1, :1].expand_as(case.weights)
-        merged = mixture.merged_weight(case.oracle, as_float64(constant[0, 0]))
-        want = as_float64(case.x) @ merged.T + (0 if case.oracle.bias is None else case.oracle.bias)
+        weight, bias = mixture.merged(case.oracle, as_float64(constant[0, 0]))
+        want = as_float64(case.x) @ weight.T + bias
         got = case.layer.mix(case.x, constant)
         assert_within(got, want, case.bound(constant), effect=case.effect(constant), what=case.name)
 
@@ -183,6 +183,7 @@ def check_gradients_equal_oracle(bench: Bench) -> None:
     """
     w = workings(bench)
     w.need_experts()
+    w.need_sums("the norm of a magnitude is a constant in training, and gradients are judged of the whole model")
     model = w.load(dtype="float64")
     for case in _cases(bench, torch.float64):
         _compare_gradients(replace(case, layer=model.routed_layers()[case.name]), w.expert_names(model))
@@ -198,7 +199,7 @@ def _compare_gradients(case: Case, names: Sequence[str]) -> None:
         found = torch.autograd.grad(y, [x, weights, *parameters.values()], grad_y.to(y.device))
     flat = [as_float64(t).reshape(ROWS * TOKENS, -1) for t in (x, weights, grad_y)]
     exact = _by_name(mixture.gradients(case.oracle, *flat), names)
-    largest = _by_name(mixture.gradients(_absolute(case.oracle), *map(np.abs, flat)), names)
+    largest = _by_name(mixture.gradients(replace(mixture.absolutes(case.oracle), bias=None), *map(np.abs, flat)), names)
     terms = case.oracle.longest_sum + case.oracle.weight.shape[0] + ROWS * TOKENS
     for name, got in zip(["x", "weights", *parameters], found, strict=True):
         bound = dot_bound(terms, torch.float64, largest[name])
@@ -215,6 +216,7 @@ def check_half_precision_error_at_most_twice_loop(bench: Bench) -> None:
     """
     w = workings(bench)
     w.need_experts()
+    w.need_sums("no published loop says what is rounded where with a magnitude")
     for dtype in (torch.bfloat16, torch.float16):
         model = w.load(dtype=str(dtype).removeprefix("torch."))
         for case in _cases(bench, dtype):
@@ -227,12 +229,14 @@ def _compare_with_loop(case: Case, names: Sequence[str]) -> None:
     rounded = case.layer.base_layer.weight
     weight = as_float64(rounded if case.oracle.weight.shape == tuple(rounded.shape) and not _is_conv(case) else rounded.T)
     bias = getattr(case.layer.base_layer, "bias", None)
+    biases = [getattr(case.layer.lora_B[name], "bias", None) for name in held]
     exact = mixture.Layer(
         weight,
         None if bias is None else as_float64(bias),
         tuple(as_float64(case.layer.lora_A[name].weight) for name in held),
         tuple(as_float64(case.layer.lora_B[name].weight) for name in held),
         tuple(case.layer.scaling[name] for name in held),
+        biases=tuple(None if bias is None else as_float64(bias) for bias in biases) if any(b is not None for b in biases) else (),
     )
     columns = [index for index, name in enumerate(names) if name in held]
     twin = replace(case, oracle=exact)
@@ -257,7 +261,9 @@ def _plain_loop(case: Case, held: list[str], columns: list[int]) -> Tensor:
     y, dtype = case.layer.base_layer(case.x), case.x.dtype
     for column, name in zip(columns, held, strict=True):
         hidden = case.x @ case.layer.lora_A[name].weight.to(dtype).T
-        delta = case.layer.scaling[name] * (hidden @ case.layer.lora_B[name].weight.to(dtype).T)
+        bias = getattr(case.layer.lora_B[name], "bias", None)
+        raised = hidden @ case.layer.lora_B[name].weight.to(dtype).T
+        delta = case.layer.scaling[name] * (raised if bias is None else raised + bias.to(dtype))
         y = y + case.weights[..., column, None] * delta
     return y
 
@@ -269,7 +275,7 @@ def _cases(bench: Bench, dtype: torch.dtype | None = None) -> Iterator[Case]:
     w.need_experts()
     w.need_units_to_be_linears()
     layers = w.need_method(w.model, "routed_layers")()
-    by_kind = {name.rpartition(".")[2] + ("" if w.experts else name): name for name in w.reference.module_names}
+    by_kind = {name.rpartition(".")[2] + ("" if w.experts else name): name for name in w.layers_alone()}
     rng = bench.rng(3)
     for name in by_kind.values():
         w.need_method(layers[name], "mix")
@@ -284,25 +290,6 @@ def _cases(bench: Bench, dtype: torch.dtype | None = None) -> Iterator[Case]:
 def _some(experts: int) -> list[int]:
     """The first, the last, and one between; loading every one of many experts in PEFT would tell nothing more."""
     return sorted({0, experts // 2, experts - 1})
-
-
-def _reordered(layer: mixture.Layer, order: list[int]) -> mixture.Layer:
-    return replace(
-        layer,
-        lora_A=tuple(layer.lora_A[e] for e in order),
-        lora_B=tuple(layer.lora_B[e] for e in order),
-        scalings=tuple(layer.scalings[e] for e in order),
-    )
-
-
-def _absolute(layer: mixture.Layer) -> mixture.Layer:
-    return mixture.Layer(
-        np.abs(layer.weight),
-        None,
-        tuple(map(np.abs, layer.lora_A)),
-        tuple(map(np.abs, layer.lora_B)),
-        tuple(abs(s) for s in layer.scalings),
-    )
 
 
 def _parameters(layer: nn.Module, names: Sequence[str]) -> dict[str, Tensor]:

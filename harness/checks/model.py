@@ -30,7 +30,9 @@ def check_routing_is_applied(bench: Bench) -> None:
     w = workings(bench)
     w.need_experts()
     by_layer = torch.stack([w.dense.roll(index, dims=1) for index in range(len(w.reference.unit_names))], dim=2)
-    choices = {"no expert": torch.zeros_like(w.dense), "a mixture": w.dense, "a mixture for each layer": by_layer}
+    choices = {"no expert": torch.zeros_like(w.dense), "a mixture": w.dense}
+    if not w.reference.artifact.versioned:  # a module that is in no layer has no weights of a layer
+        choices["a mixture for each layer"] = by_layer
     for what, weights in choices.items():
         got = w.ask(w.model, routing_weights=weights)
         w.same_logits(got, w.reference.logits(w.ids, w.mask, weights=weights), what)
@@ -64,7 +66,7 @@ def check_routed_logits_equal_reference(bench: Bench) -> None:
     """
     w = workings(bench)
     w.need_router()
-    w.same_logits(w.subject_logits, w.reference_logits, "routed logits", where=w.decided)
+    w.same_logits(w.subject_logits, w.reference_logits, "routed logits", where=w.decided, bound=w.routed_bound)
 
 
 def check_causal(bench: Bench) -> None:
@@ -81,7 +83,7 @@ def check_causal(bench: Bench) -> None:
     past = w.decided.copy()
     past[:, -3:] = False
     moved = float(np.abs(after - before)[:, -3:].max())
-    assert_within(after[past], before[past], 2 * w.bound, effect=moved, what="logits of the tokens before the change")
+    assert_within(after[past], before[past], 2 * w.routed_bound, effect=moved, what="logits of the tokens before the change")
 
 
 def check_history_independent(bench: Bench) -> None:
@@ -128,7 +130,9 @@ def check_rows_independent(bench: Bench) -> None:
         alone = w.ask(w.model, prompt[None], torch.ones_like(prompt)[None])[0]
         together, where = w.subject_logits[row, -len(prompt) :], w.decided[row, -len(prompt) :]
         if where.any():
-            assert_within(alone[where], together[where], 2 * w.bound, effect=w.effect, what=f"row {row} alone and in the batch")
+            assert_within(
+                alone[where], together[where], 2 * w.routed_bound, effect=w.effect, what=f"row {row} alone and in the batch"
+            )
 
 
 def check_padding_side_invariant(bench: Bench) -> None:
@@ -142,7 +146,7 @@ def check_padding_side_invariant(bench: Bench) -> None:
     ids, mask = bench.batch("right")
     right = w.ask(w.model, ids, mask)[mask.bool()]
     left, where = w.subject_logits[w.mask.bool()], w.decided[w.valid]
-    assert_within(right[where], left[where], 2 * w.bound, effect=w.effect, what="logits under right and left padding")
+    assert_within(right[where], left[where], 2 * w.routed_bound, effect=w.effect, what="logits under right and left padding")
 
 
 def check_cached_decode_equals_recompute(bench: Bench) -> None:
@@ -162,7 +166,9 @@ def check_cached_decode_equals_recompute(bench: Bench) -> None:
         cache = step.past_key_values
         pieces.append(step.logits)
     got = as_float64(torch.cat(pieces, dim=1))
-    assert_within(got[w.decided], as_float64(w.subject_logits)[w.decided], 2 * w.bound, effect=w.effect, what="decoded logits")
+    assert_within(
+        got[w.decided], as_float64(w.subject_logits)[w.decided], 2 * w.routed_bound, effect=w.effect, what="decoded logits"
+    )
 
 
 def check_expert_id_equals_one_hot(bench: Bench) -> None:
@@ -212,7 +218,7 @@ def check_permutation(bench: Bench) -> None:
     order = np.roll(np.arange(w.experts), 1).tolist()
     model = w.load(w.variant([w.reference.experts[e] for e in order], w.permuted_router(order)))
     got = as_float64(w.ask(model))
-    assert_within(got[w.decided], as_float64(w.subject_logits)[w.decided], 2 * w.bound, effect=w.effect, what="logits")
+    assert_within(got[w.decided], as_float64(w.subject_logits)[w.decided], 2 * w.routed_bound, effect=w.effect, what="logits")
 
 
 def check_two_models_share_nothing(bench: Bench) -> None:
@@ -306,6 +312,8 @@ def check_detach_restores_base(bench: Bench) -> None:
     w = workings(bench)
     w.need_experts()
     detach = w.need_method(bench.subject, "detach")
+    if any(getattr(expert, "biases", None) for expert in w.reference.experts):
+        raise NotApplicable("experts have biases of their own, which no PEFT model could keep apart: detaching is refused")
     model = w.load()
     w.ask(model)
     restored = detach(model)

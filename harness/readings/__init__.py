@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from harness.artifact import Artifact
-from harness.readings import arrow, foreign, hydralora, mergoo, native, xlora
+from harness.readings import arrow, bag, foreign, hydralora, mergoo, native, xlora
 from harness.readings.layouts import NATIVE, layout_of
 
 OWN_READING = "the judge's own reading of the files"
@@ -22,6 +22,9 @@ _OWN: dict[str, Reading] = {
     "peft-arrow": arrow.read,
     "mergoo": mergoo.read,
     "hydralora": hydralora.read,
+    "peft-lora": bag.read_one,
+    "peft-adalora": bag.read_one,
+    "lora-bag": bag.read_bag,
 }
 
 

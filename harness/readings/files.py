@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +12,7 @@ import torch
 from safetensors.torch import load_file
 from torch import Tensor
 
-from harness.artifact import Adapter
+from harness.artifact import Adapter, Expert
 from harness.outcome import NotApplicable
 
 PREFIX = "base_model.model."
@@ -42,26 +42,64 @@ def weights_file(directory: Path, *stems: str) -> Path:
     return next((file for file in candidates if file.is_file()), candidates[0])
 
 
-def read_peft_adapter(directory: Path) -> dict[str, Adapter]:
-    """A LoRA as PEFT saves it: module path in the base model -> adapter."""
+def read_peft_adapter(directory: Path) -> Expert:
+    """A LoRA as PEFT saves it: module path in the base model -> adapter, and what is saved beside the adapters."""
     config = read_json(directory / "adapter_config.json")
-    more = [name for name in ("use_dora", "lora_bias", "modules_to_save") if config.get(name)]
-    more += ["bias"] if config.get("bias", "none") != "none" else []
-    need_plain(", ".join(more))
-    tensors = read_tensors(weights_file(directory, "adapter_model"), (".lora_A.weight", ".lora_B.weight"))
-    adapters = {}
-    for key in tensors:
-        if key.endswith(".lora_A.weight"):
-            module = key.removeprefix(PREFIX).removesuffix(".lora_A.weight")
-            lora_A, lora_B = array(tensors[key]), array(tensors[key.replace(".lora_A.", ".lora_B.")])
-            adapters[module] = Adapter(lora_A, lora_B, scaling_of(config, module, len(lora_A)))
-    return adapters
+    tensors = read_tensors(weights_file(directory, "adapter_model"))
+    keys, expert = beside(config, tensors)
+    for key, module in keys.items():
+        part = module.partition(".lora_")[2]
+        if part not in ("A.weight", "B.weight", "B.bias", "magnitude_vector", "magnitude_vector.weight"):
+            raise ValueError(f"{directory}: {key}: found a foreign tensor, expected lora_A, lora_B and what belongs to them")
+        if part == "A.weight":
+            path = module.removesuffix(".lora_A.weight")
+            expert[path] = _adapter(path, config, {name: tensors[key] for key, name in keys.items()})
+    return expert
+
+
+def _adapter(module: str, config: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> Adapter:
+    """tensors: by name, without PEFT's prefix."""
+    lora_A, lora_B = (array(tensors[f"{module}.lora_{part}.weight"]) for part in "AB")
+    start = f"{module}.lora_magnitude_vector"
+    magnitude = tensors.get(start, tensors.get(f"{start}.weight"))
+    bias = tensors.get(f"{module}.lora_B.bias")
+    return Adapter(
+        lora_A,
+        lora_B,
+        scaling_of(config, module, len(lora_A)),
+        None if magnitude is None else array(magnitude).reshape(-1),
+        None if bias is None else array(bias),
+    )
+
+
+def beside(config: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> tuple[dict[str, str], Expert]:
+    """Key -> name without PEFT's prefix of what belongs to adapters; and an Expert with what does not: whole modules, biases."""
+    adapters: dict[str, str] = {}
+    expert = Expert({})
+    for key, tensor in tensors.items():
+        name = key.removeprefix(PREFIX)
+        module = saved_module(name, config.get("modules_to_save") or ())
+        if module is not None:
+            parameter = name.removeprefix(f"{module}.").removeprefix("modules_to_save.")
+            expert.replaced.setdefault(module, {})[parameter] = array(tensor)
+        elif ".lora_" not in name and name.endswith(".bias") and config.get("bias", "none") != "none":
+            expert.biases[name.removesuffix(".bias").removesuffix(".base_layer")] = array(tensor)
+        else:
+            adapters[key] = name
+    return adapters, expert
+
+
+def saved_module(name: str, saved: Sequence[str]) -> str | None:
+    """The outermost module around this parameter whose path ends as PEFT's modules_to_save has it."""
+    parts = name.split(".")
+    paths = [".".join(parts[:count]) for count in range(1, len(parts))]
+    return next((path for path in paths if any(path.endswith(ending) for ending in saved)), None)
 
 
 def need_plain(more: str) -> None:
     """more: what experts have beside A, B and a scaling; "" for nothing."""
     if more:
-        raise NotApplicable(f"the reference mixes sums of low-rank deltas, and these experts have more: {more}")
+        raise NotApplicable(f"in this layout the judge knows sums of low-rank deltas, and these experts have more: {more}")
 
 
 def scaling_of(config: Mapping[str, Any], module: str, rank: int) -> float:

@@ -6,10 +6,10 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from harness.artifact import Adapter, Artifact
+from harness.artifact import Adapter, Artifact, Expert
 from harness.oracles.gates import Rule
 from harness.oracles.xlora import Scaling
-from harness.readings.files import adapter_directory, array, need_plain
+from harness.readings.files import adapter_directory, array
 from harness.routers import Classifier, HybridGate, UnitGate, UnitGates
 
 
@@ -17,8 +17,6 @@ def read(path: Path, base_model: str | None, assume: Mapping[str, Any]) -> Artif
     from dylo_moe import read_checkpoint
 
     checkpoint = read_checkpoint(path, **assume)
-    for expert in (*checkpoint.experts, *(() if checkpoint.shared is None else (checkpoint.shared,))):
-        need_plain(_more(expert))
     state = checkpoint.router
     by_network = getattr(state, "level", None) == "feed_forward"
     whole = checkpoint.assumptions.get("genknowsub") in (None, "subtracted")  # else the files hold more than the experts
@@ -26,32 +24,25 @@ def read(path: Path, base_model: str | None, assume: Mapping[str, Any]) -> Artif
         path=path,
         base=str(path) if checkpoint.format == "merged" else base_model or checkpoint.base_model,
         names=tuple(expert.name for expert in checkpoint.experts),
-        experts=tuple(_adapters(expert.modules) for expert in checkpoint.experts),
+        experts=tuple(_expert(expert) for expert in checkpoint.experts),
         router=None if state is None else _ROUTERS[type(state).__name__](state),
         balance=checkpoint.load_balance,
         adapter_directories=tuple(adapter_directory(path, expert.name) if whole else None for expert in checkpoint.experts),
         reader="",
-        shared={} if checkpoint.shared is None else _adapters(checkpoint.shared.modules),
+        shared={} if checkpoint.shared is None else _expert(checkpoint.shared),
         feed_forwards=tuple(state.gates) if by_network else (),
         base_config=checkpoint.base_config,
         base_state=checkpoint.base_state,
     )
 
 
-def _more(expert: Any) -> str:
-    """What this expert has beside A, B and a scaling."""
-    pairs = expert.modules.values()
-    found = {
-        "DoRA magnitudes": any(pair.magnitude is not None for pair in pairs),
-        "biases of B": any(pair.bias is not None for pair in pairs),
-        "modules of their own": bool(expert.replaced),
-        "biases of the base": bool(expert.biases),
+def _expert(expert: Any) -> Expert:
+    adapters = {
+        name: Adapter(array(pair.lora_A), array(pair.lora_B), pair.scaling, _optional(pair.magnitude), _optional(pair.bias))
+        for name, pair in expert.modules.items()
     }
-    return ", ".join(name for name, is_there in found.items() if is_there)
-
-
-def _adapters(modules: Mapping[str, Any]) -> dict[str, Adapter]:
-    return {name: Adapter(array(pair.lora_A), array(pair.lora_B), pair.scaling) for name, pair in modules.items()}
+    replaced = {module: {name: array(t) for name, t in own.items()} for module, own in expert.replaced.items()}
+    return Expert(adapters, replaced, {module: array(bias) for module, bias in expert.biases.items()})
 
 
 def _hybrid(state: Any) -> HybridGate:

@@ -34,7 +34,8 @@ def test_mix_by_hand() -> None:
 def test_merged_weight_equals_mix_for_constant_weights() -> None:
     rng = np.random.default_rng(0)
     layer, x, routing = a_layer(rng), rng.standard_normal((TOKENS, INPUTS)), np.array([0.3, -1.2])
-    merged = x @ mixture.merged_weight(layer, routing).T + layer.bias
+    weight, bias = mixture.merged(layer, routing)
+    merged = x @ weight.T + bias
     np.testing.assert_allclose(mixture.mix(layer, x, np.tile(routing, (TOKENS, 1))), merged, rtol=1e-13, atol=1e-13)
 
 
