@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Mapping
 from dataclasses import replace
+from functools import reduce
 from pathlib import Path
 from typing import Any
 
@@ -11,10 +13,11 @@ import torch
 from transformers import CONFIG_MAPPING, AutoConfig, AutoModelForCausalLM, PretrainedConfig, PreTrainedModel
 
 from dylo_moe.adapters import add_experts
+from dylo_moe.building import buildable
 from dylo_moe.errors import InvalidField, OptionError, ShapeMismatch, one_line
 from dylo_moe.expert import expert_order
 from dylo_moe.formats import Adapters, Checkpoint, read_checkpoint
-from dylo_moe.formats.base import check_experts_fit_base, read_base, resolve_base
+from dylo_moe.formats.base import BaseModel, check_experts_fit_base, check_fit, read_base, resolve_base
 from dylo_moe.model import DyLoRA_MoE, attach_router
 from dylo_moe.quantised import check_package
 from dylo_moe.replaced import add_biases
@@ -111,16 +114,29 @@ def _base(
     if "quantization_config" in options:
         _check_can_quantise(checkpoint, given, options["quantization_config"])
     if isinstance(given, PreTrainedModel):
+        _check_given(checkpoint, given)
         return given, ()
     if checkpoint.base_state is not None:
         return _from_state(checkpoint, given, options), ()
     if not checkpoint.experts:
         return _from_directory(checkpoint.path, checkpoint.base_config, options), ()
     location = resolve_base(checkpoint.base_model, given, checkpoint=checkpoint.path)
-    if not Path(location).is_dir():  # a hub id that the user gave
+    if not os.path.isdir(location):  # a hub id that the user gave
         return AutoModelForCausalLM.from_pretrained(location, **options), ()
     notes = check_experts_fit_base(location, checkpoint.adapters, checkpoint.router)
     return _from_directory(location, read_base(location).config, options), notes
+
+
+def _check_given(checkpoint: Checkpoint, model: PreTrainedModel) -> None:
+    """A loaded base must not take the place of weights that the checkpoint brings, and the experts must fit it."""
+    if checkpoint.base_state is not None or not checkpoint.experts:
+        raise OptionError(
+            f"a loaded base_model cannot be used with {checkpoint.format}: the base comes from the checkpoint itself;"
+            " give the directory of its configuration, or nothing"
+        )
+    shapes = {name: tuple(parameter.shape) for name, parameter in model.named_parameters(remove_duplicate=False)}
+    base = BaseModel(Path("the given base_model"), model.config.to_dict(), shapes)
+    check_fit(base, checkpoint.adapters, checkpoint.router)
 
 
 def _check_can_quantise(checkpoint: Checkpoint, given: str | PreTrainedModel | None, quantization: Any) -> None:
@@ -138,7 +154,9 @@ def _from_directory(path: str | Path, fields: Mapping[str, Any], options: dict[s
     check_package(fields.get("quantization_config"), Path(path) / "config.json")
     if options["trust_remote_code"]:
         return AutoModelForCausalLM.from_pretrained(path, local_files_only=True, **options)
-    return AutoModelForCausalLM.from_pretrained(path, config=_as_config(fields, path), local_files_only=True, **options)
+    config = _as_config(fields, path)
+    with buildable(path):
+        return AutoModelForCausalLM.from_pretrained(path, config=config, local_files_only=True, **options)
 
 
 def _from_state(checkpoint: Checkpoint, given: str | None, options: dict[str, Any]) -> PreTrainedModel:
@@ -148,12 +166,18 @@ def _from_state(checkpoint: Checkpoint, given: str | None, options: dict[str, An
     else:
         config = AutoConfig.from_pretrained(resolve_base(checkpoint.base_model, given, checkpoint=checkpoint.path))
     state = checkpoint.base_state
-    dtype = options["dtype"] if options["dtype"] != "auto" else next(iter(state.values())).dtype
+    widest = reduce(torch.promote_types, {tensor.dtype for tensor in state.values()})
+    dtype = options["dtype"] if options["dtype"] != "auto" else widest
     attention = options.get("attn_implementation")
-    model = AutoModelForCausalLM.from_config(config, dtype=dtype, attn_implementation=attention)
+    with buildable(checkpoint.path):
+        model = AutoModelForCausalLM.from_config(config, dtype=dtype, attn_implementation=attention)
+    for name, own in model.state_dict().items():
+        if name in state and state[name].shape != own.shape:
+            raise ShapeMismatch(checkpoint.path, name, found=f"shape {tuple(state[name].shape)}", expected=f"{tuple(own.shape)}")
     missing, unexpected = model.load_state_dict(state, strict=False)
-    tied = set(getattr(model, "all_tied_weights_keys", None) or getattr(model, "_tied_weights_keys", None) or ())
-    lost = sorted(set(missing) - tied)
+    # What can be tied counts only where the configuration ties it: a head of its own must be in the checkpoint.
+    tied = getattr(model, "_tied_weights_keys", None) if config.tie_word_embeddings else None
+    lost = sorted(set(missing) - set(tied or ()))
     if lost or unexpected:
         found = f"{len(lost)} tensors missing {lost[:3]}, {len(unexpected)} unknown {sorted(unexpected)[:3]}"
         raise ShapeMismatch(checkpoint.path, "base weights", found=found, expected="the base model's own tensors")
@@ -177,4 +201,5 @@ def _as_config(fields: Mapping[str, Any], path: str | Path) -> PretrainedConfig:
     model_type = next((name for name in marked if isinstance(name, str) and name in CONFIG_MAPPING), None)
     if model_type is None:
         raise InvalidField(path, "model_type", found=repr(marked[0]), expected="a model type that transformers knows")
-    return AutoConfig.for_model(model_type, **{name: value for name, value in values.items() if name != "model_type"})
+    with buildable(path):
+        return AutoConfig.for_model(model_type, **{name: value for name, value in values.items() if name != "model_type"})

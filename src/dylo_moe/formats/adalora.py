@@ -98,7 +98,10 @@ def _sort(header: Mapping[str, TensorInfo], name: str, file: Path) -> dict[str, 
         if match is None:
             expected = "only lora_A, lora_B and lora_E"
             raise ForeignTensor(file, key, found="a tensor that does not belong to an AdaLoRA", expected=expected)
-        parts.setdefault(module_of(match["module"]), {})[match["part"]] = Half(key, info)
+        own = parts.setdefault(module_of(match["module"]), {})
+        if match["part"] in own:
+            raise ForeignTensor(file, key, found="the same tensor under two keys", expected="one")
+        own[match["part"]] = Half(key, info)
     return parts
 
 

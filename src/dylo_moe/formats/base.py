@@ -36,6 +36,7 @@ _OPTIONAL = ("n_inner", "num_key_value_heads", "head_dim")
 _DTYPES = ("float64", "float32", "float16", "bfloat16", "auto")
 _EMBEDDINGS = ("embed_tokens.weight", "wte.weight", "word_embeddings.weight", "embed_in.weight")
 _LAYER = re.compile(r"(?:^|\.)(?:layers|h|blocks)\.(\d+)\.")
+_HUB_ID_CHARACTERS = 193  # two names of 96 characters, the hub's limit
 _HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*(/[A-Za-z0-9][\w.-]*)?")
 # tokenizer.json of the largest vocabularies (262,144 pieces) is about 35 MB.
 _MAX_TOKENIZER_BYTES = 100_000_000
@@ -100,8 +101,10 @@ def resolve_base(recorded: str | None, given: str | None = None, *, checkpoint: 
 
 
 def _given(given: str, where: Path) -> str:
-    if os.path.isdir(given) or _HUB_ID.fullmatch(given):
-        return given
+    if not isinstance(given, str | os.PathLike):
+        raise BaseModelUnknown(where, "base_model", found=repr(given)[:200], expected="a directory, a hub id or a loaded model")
+    if os.path.isdir(given) or (_HUB_ID.fullmatch(str(given)) and len(str(given)) <= _HUB_ID_CHARACTERS):
+        return str(given)
     raise BaseModelUnknown(where, "base_model", found=repr(given)[:200], expected="an existing directory or a hub id")
 
 

@@ -24,7 +24,6 @@ from dylo_moe.errors import (
 from dylo_moe.formats.adapter import (
     Pairs,
     build_expert,
-    check_finite,
     check_pairs,
     module_of,
     pair_up,
@@ -39,7 +38,7 @@ from dylo_moe.formats.options import ReadOptions
 from dylo_moe.formats.router_file import Gate, gate_from, gate_infos, read_gate, router_state
 from dylo_moe.formats.safetensors_file import TensorInfo
 from dylo_moe.formats.tokenizer_files import tokenizer_directory
-from dylo_moe.formats.weights import WeightFiles, find_weights, open_weights
+from dylo_moe.formats.weights import WeightFiles, check_base_weights, find_weights, open_weights
 
 FORMAT = "dylora-full-state"
 _MODEL, _ROUTER = "foundation_model.", "router."
@@ -143,7 +142,7 @@ def assemble(
     gate = gate_from({key.removeprefix(_ROUTER): tensors[key] for key in state.router}, {}, state.file)
     gate = _with_recorded_settings(files, gate)
     base_state = {name: tensors[key] for key, name in state.base.items()}
-    check_finite(base_state, state.file)
+    check_base_weights(base_state, state.file)
     experts, router = _experts(state, tensors, adapter), router_state(files, gate, count, options)
     base = _base_of(config, state, {name: tuple(tensor.shape) for name, tensor in base_state.items()})
     check_headers(base, config.file)

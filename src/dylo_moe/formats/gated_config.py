@@ -18,6 +18,10 @@ _UNSUPPORTED: dict[str, tuple[object, ...]] = {
     "modules_to_save": (None, []),
     "enable_lora": (None,),
     "task_type": (None, "CAUSAL_LM"),
+    "use_rslora": (None, False),
+    "use_dora": (None, False),
+    "rank_pattern": (None, {}),
+    "alpha_pattern": (None, {}),
 }
 _LORA = "adapter_config.json"
 
@@ -41,8 +45,8 @@ class GatedConfig:
         return AdapterConfig(self.file, rank, self.alpha, targets=self.targets, layers=self.layers)
 
 
-def read_gated_config(files: CheckpointFiles, options: ReadOptions, *, rank: str = "r") -> GatedConfig:
-    """Read and validate adapter_config.json at the root; `rank` is the name of its field for the rank.
+def read_gated_config(files: CheckpointFiles, options: ReadOptions, *, rank: str = "r", per_layer: bool = False) -> GatedConfig:
+    """Read and validate adapter_config.json at the root; `rank` is the name of its field, `per_layer` whether it may be a list.
 
     Raises:
         InvalidField: a field has a wrong type or an impossible value, asks for what is not supported, or lacks the alpha.
@@ -55,7 +59,7 @@ def read_gated_config(files: CheckpointFiles, options: ReadOptions, *, rank: str
     return GatedConfig(
         file=path,
         data=data,
-        rank=_rank(data.get(rank), path, rank),
+        rank=_rank(data.get(rank), path, rank, per_layer=per_layer),
         alpha=_alpha(data.get("lora_alpha"), options, path, files),
         targets=_targets(data.get("target_modules"), path),
         layers=_layers(data.get("layers_to_transform"), path),
@@ -63,8 +67,8 @@ def read_gated_config(files: CheckpointFiles, options: ReadOptions, *, rank: str
     )
 
 
-def _rank(value: object, path: Path, name: str) -> int | tuple[int, ...]:
-    if isinstance(value, list) and value:
+def _rank(value: object, path: Path, name: str, *, per_layer: bool) -> int | tuple[int, ...]:
+    if per_layer and isinstance(value, list) and value:
         return tuple(parse_rank(each, path, name) for each in value)
     return parse_rank(value, path, name)
 

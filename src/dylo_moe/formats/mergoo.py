@@ -14,7 +14,6 @@ from pathlib import Path
 from typing import Any
 
 from dylo_moe.errors import ExpertCountMismatch, ForeignTensor, GateMissing, IncompletePair, InvalidField
-from dylo_moe.formats.adapter import check_finite
 from dylo_moe.formats.adapter_config import AdapterConfig, optional_text, parse_alpha, parse_rank
 from dylo_moe.formats.base import BaseModel, check_config, check_fit, check_headers
 from dylo_moe.formats.checkpoint import Checkpoint, GatesState
@@ -35,7 +34,7 @@ from dylo_moe.formats.gated import (
 from dylo_moe.formats.options import ReadOptions
 from dylo_moe.formats.safetensors_file import TensorInfo, require_integer
 from dylo_moe.formats.tokenizer_files import tokenizer_directory
-from dylo_moe.formats.weights import find_weights, open_weights
+from dylo_moe.formats.weights import check_base_weights, find_weights, open_weights
 
 FORMAT = "mergoo"
 _FIELDS = ("num_experts", "num_experts_per_tok", "router_layers", "router_layers_index", "adapter_configs")
@@ -73,7 +72,7 @@ def read_mergoo(files: CheckpointFiles, options: ReadOptions) -> Checkpoint:
     top_k = config.top_k if options.top_k is None else check_top_k(options.top_k, config.num_experts, config.file)
     tensors = tensors_of()
     base_state = {name: tensors[key] for key, name in base.items()}
-    check_finite(base_state, file)
+    check_base_weights(base_state, file)
     experts = build_experts(state, tensors)
     router = GatesState(build_gates(state, tensors, lambda _: top_k), "topk_softmax", config.num_experts)
     check_fit(shapes, experts, None)

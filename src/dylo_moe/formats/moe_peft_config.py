@@ -14,6 +14,7 @@ from dylo_moe.errors import InvalidField
 from dylo_moe.formats.adapter_config import AdapterConfig, optional_text, parse_alpha, parse_rank
 from dylo_moe.formats.files import CheckpointFiles
 from dylo_moe.formats.options import ReadOptions
+from dylo_moe.formats.router_file import MAX_TEMPERATURE, MIN_TEMPERATURE
 
 MIXLORA, LORAMOE, MOLA = "MIXLORA", "LORAMOE", "MOLA"
 LEGACY_STRATEGY = "mixtral"
@@ -103,7 +104,9 @@ def _mixing(
         threshold = _number(_value(files, data, "top_p", DEFAULT_TOP_P), path, "top_p", most=1.0)
         temperature = _value(files, data, "temperature", DEFAULT_TEMPERATURE, options.temperature)
         # 0 is how MoE-PEFT writes that the probabilities are not divided.
-        temperature = 1.0 if temperature == 0 else _number(temperature, path, "temperature")
+        temperature = (
+            1.0 if temperature == 0 else _number(temperature, path, "temperature", least=MIN_TEMPERATURE, most=MAX_TEMPERATURE)
+        )
         return Mixing("top_p", "feed_forward", temperature=temperature, threshold=threshold, activation=activation)
     top_k = _value(files, data, "top_k", DEFAULT_TOP_K, options.top_k)
     if type(top_k) is not int or not 1 <= top_k <= count:
@@ -134,10 +137,10 @@ def _value(files: CheckpointFiles, data: Mapping[str, Any], name: str, default: 
     return data[name]
 
 
-def _number(value: object, path: Path, name: str, most: float = float("inf")) -> float:
-    if type(value) not in (int, float) or not 0 < value <= most:
-        limit = "" if most == float("inf") else f" and at most {most:g}"
-        raise InvalidField(path, name, found=repr(value)[:80], expected=f"a number above 0{limit}")
+def _number(value: object, path: Path, name: str, *, least: float = 0.0, most: float) -> float:
+    if type(value) not in (int, float) or not 0 < value <= most or value < least:
+        expected = f"a number above 0, from {least:g} to {most:g}"
+        raise InvalidField(path, name, found=repr(value)[:80], expected=expected)
     return float(value)
 
 

@@ -44,7 +44,7 @@ def read_mola(files: CheckpointFiles, options: ReadOptions) -> Checkpoint:
     Raises:
         CheckpointError: any of its subclasses, naming file and field.
     """
-    config = read_gated_config(files, options)
+    config = read_gated_config(files, options, per_layer=True)
     refuse_options(options, config.file)
     if options.top_k is None:
         expected = "top_k=, an integer or one per layer: MoLA's files do not record it"

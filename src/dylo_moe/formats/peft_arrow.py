@@ -15,8 +15,15 @@ import torch
 from torch import Tensor
 
 from dylo_moe.errors import ExpertMissing, InvalidField, ShapeMismatch
-from dylo_moe.formats.adapter import check_expert_name, one_base_model, pickled_weights, read_adapter
-from dylo_moe.formats.adapter_config import AdapterConfig
+from dylo_moe.formats.adapter import (
+    check_expert_name,
+    check_same_sizes,
+    check_targets,
+    one_base_model,
+    pickled_weights,
+    read_adapter,
+)
+from dylo_moe.formats.adapter_config import AdapterConfig, parse_names
 from dylo_moe.formats.checkpoint import Checkpoint, Expert, GatesState, GateState, LoraPair
 from dylo_moe.formats.files import CheckpointFiles
 from dylo_moe.formats.genknowsub import purify
@@ -64,6 +71,8 @@ def read_arrow(files: CheckpointFiles, options: ReadOptions) -> Checkpoint:
     read = [read_adapter(files, directory, name) for name, directory in zip(names, directories, strict=True)]
     _check_plain(config for _, config in read)
     _check_alike(read)
+    check_same_sizes([expert for expert, _ in read], files.root)
+    _check_routed(files, routing.file, read[0][0])
     adapters = tuple(_widened(expert) for expert, _ in read)
     experts, general = adapters[: len(routing.experts)], adapters[len(routing.experts) :]
     if general:
@@ -206,6 +215,14 @@ def _check_alike(read: list[tuple[Expert, AdapterConfig]]) -> None:
             if pair.rank != first.modules[module].rank:
                 expected = f"{first.modules[module].rank}, as in {first.name}: Arrow needs one rank"
                 raise ShapeMismatch(config.file, f"r of {module}", found=pair.rank, expected=expected)
+
+
+def _check_routed(files: CheckpointFiles, path: Path, expert: Expert) -> None:
+    """Raises InvalidField unless the router is on the experts' modules: on others PEFT would run no expert at all."""
+    targets = parse_names(files.read_json(path).get("target_modules"), path, "target_modules")
+    if targets is None:
+        raise InvalidField(path, "target_modules", found="nothing", expected="the modules of the experts")
+    check_targets(expert.modules, AdapterConfig(path, None, 0.0, targets=targets))
 
 
 def _widened(expert: Expert) -> Expert:

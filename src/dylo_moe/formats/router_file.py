@@ -27,6 +27,8 @@ from dylo_moe.formats.safetensors_file import TensorInfo, require_float
 # What every DyLoRA-MoE release constructs its router with.
 DEFAULT_TOP_K = 1
 DEFAULT_TEMPERATURE = 2.0
+# Beyond these, logits in float32 become infinite or all alike.
+MIN_TEMPERATURE, MAX_TEMPERATURE = 1e-6, 1e6
 # Upstream routes on features of a pass with all adapters active, from its second call on.
 UPSTREAM_FEATURES = "all_experts"
 
@@ -115,8 +117,9 @@ def check_router_values(file: Path, num_experts: int, *, top_k: object, temperat
         raise InvalidField(file, "temperature", found=repr(temperature)[:80], expected="a number above 0")
     if math.isinf(temperature):
         raise NonFiniteTensor(file, "temperature", found=temperature, expected="a finite number above 0")
-    if temperature <= 0:
-        raise InvalidField(file, "temperature", found=temperature, expected="a number above 0")
+    if not MIN_TEMPERATURE <= temperature <= MAX_TEMPERATURE:
+        expected = f"a number above 0, from {MIN_TEMPERATURE:g} to {MAX_TEMPERATURE:,.0f}"
+        raise InvalidField(file, "temperature", found=temperature, expected=expected)
     if features not in ROUTER_FEATURES:
         raise InvalidField(file, "features", found=repr(features)[:80], expected=f"one of {', '.join(ROUTER_FEATURES)}")
 

@@ -12,7 +12,7 @@ Every shape can be told from the JSON alone, so that a lost or a foreign tensor 
 
 from __future__ import annotations
 
-import math
+import sys
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -25,6 +25,7 @@ from dylo_moe.formats.adapter_config import optional_text
 from dylo_moe.formats.checkpoint import GATE_RULES, GatesState, GateState, XLoraState
 from dylo_moe.formats.files import CheckpointFiles
 from dylo_moe.formats.options import ReadOptions
+from dylo_moe.formats.router_file import MAX_TEMPERATURE, MIN_TEMPERATURE
 from dylo_moe.formats.safetensors_file import MAX_TENSORS, TensorInfo, require_float, require_integer
 
 XLORA, GATES = "xlora", "gates"
@@ -120,7 +121,7 @@ def _xlora_settings(section: Mapping[str, Any], path: Path, count: int) -> dict[
     settings = {name: _flag(section.get(name), path, f"router.{name}") for name in _FLAGS}
     settings["num_layers"] = require_integer(section.get("num_layers"), path, "router.num_layers", low=1, high=MAX_TENSORS)
     settings["top_k"] = _top_k(section.get("top_k"), path, "router.top_k", count)
-    settings["softmax_temperature"] = _number(section, "softmax_temperature", path, above=0.0)
+    settings["softmax_temperature"] = _number(section, "softmax_temperature", path, MIN_TEMPERATURE, MAX_TEMPERATURE)
     settings["global_scaling_weight"] = _number(section, "global_scaling_weight", path)
     settings["dropout"] = _number(section, "dropout", path)
     if not 0 <= settings["dropout"] < 1:
@@ -146,7 +147,10 @@ def read_gates(section: Mapping[str, Any], files: CheckpointFiles, paths: tuple[
         shapes |= _gate_shapes(gate, path, field, here)
     tensors = _read(files, tensor_path, shapes)
     gates = {unit: _gate(unit, top_k, tensors) for unit, top_k in top_ks.items()}
-    level, temperature = _one_of(section, "level", path, LEVELS), _number(section, "temperature", path, above=0.0)
+    level, temperature = (
+        _one_of(section, "level", path, LEVELS),
+        _number(section, "temperature", path, MIN_TEMPERATURE, MAX_TEMPERATURE),
+    )
     activation = optional_text(section.get("activation"), path, "router.activation")
     return GatesState(gates, rule, count, level, temperature, threshold, activation)
 
@@ -215,10 +219,12 @@ def _flag(value: object, path: Path, field: str) -> bool:
     return value
 
 
-def _number(section: Mapping[str, Any], name: str, path: Path, above: float = -math.inf) -> float:
+def _number(
+    section: Mapping[str, Any], name: str, path: Path, low: float = -sys.float_info.max, high: float = sys.float_info.max
+) -> float:
     value = section.get(name)
-    if type(value) not in (int, float) or not math.isfinite(value) or not value > above:
-        expected = "a number" if above == -math.inf else f"a number above {above:g}"
+    if type(value) not in (int, float) or not low <= value <= high:
+        expected = "a number" if low == -sys.float_info.max else f"a number above 0, from {low:g} to {high:g}"
         raise InvalidField(path, f"router.{name}", found=repr(value)[:80], expected=expected)
     return float(value)
 

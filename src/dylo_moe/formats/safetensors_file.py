@@ -153,8 +153,11 @@ def require_float(info: TensorInfo, key: str, file: Path) -> None:
 def check_finite(tensors: Mapping[str, Tensor], file: Path) -> None:
     """Raises NonFiniteTensor naming the first tensor with a NaN or an infinity."""
     for key, tensor in tensors.items():
-        if tensor.is_floating_point() and not torch.isfinite(tensor).all():
-            count = int((~torch.isfinite(tensor)).sum())
+        if not tensor.is_floating_point():
+            continue
+        finite = torch.isfinite(tensor.float() if tensor.itemsize == 1 else tensor)  # torch has no isfinite for 8 bits
+        if not finite.all():
+            count = int((~finite).sum())
             raise NonFiniteTensor(file, key, found=f"{count} values that are NaN or infinite", expected="finite values")
 
 

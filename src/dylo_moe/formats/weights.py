@@ -11,7 +11,7 @@ from torch import Tensor
 from dylo_moe.errors import ForeignTensor, InvalidField, MissingFile, UnreadableFile
 from dylo_moe.formats.adapter import flat_tensors, infos
 from dylo_moe.formats.files import CheckpointFiles
-from dylo_moe.formats.safetensors_file import TensorInfo
+from dylo_moe.formats.safetensors_file import TensorInfo, check_finite, require_float
 
 # Indices of the largest public models are some 10 MB.
 MAX_INDEX_BYTES = 32_000_000
@@ -110,6 +110,13 @@ def open_weights(
         if key not in tensors:
             raise InvalidField(weights.index, key, found=f"no such tensor in {name}", expected="the tensor in that shard")
     return infos(tensors), lambda: tensors
+
+
+def check_base_weights(tensors: Mapping[str, Tensor], file: Path) -> None:
+    """Raises DtypeUnsupported or NonFiniteTensor unless every base weight that a checkpoint brings is a finite float."""
+    for key, info in infos(tensors).items():
+        require_float(info, key, file)
+    check_finite(tensors, file)
 
 
 def _weight_map(files: CheckpointFiles, index: Path) -> dict[str, str]:
