@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Callable
 from dataclasses import fields
 from pathlib import Path
@@ -17,7 +16,6 @@ from fixtures.mergoo import write_mergoo
 from fixtures.moe_peft import Recipe, write_moe_peft
 from fixtures.router_specimens import ALL_KINDS, write
 from harness.artifact import Artifact
-from harness.outcome import NotApplicable
 from harness.readings import OWN_READING, SUBJECTS_READER, foreign, read_artifact
 from harness.readings.layouts import layout_of
 from harness.reference import Reference
@@ -100,15 +98,6 @@ def test_other_layouts_are_read_by_the_judged_and_that_is_said(
     assert artifact.reader == SUBJECTS_READER
     reference = Reference(artifact)
     assert np.abs(reference.logits(IDS) - reference.base_logits(IDS)).max() > 0.05
-
-
-@pytest.mark.parametrize("extra", [{"use_dora": True}, {"lora_bias": True}, {"modules_to_save": ["lm_head"]}, {"bias": "all"}])
-def test_experts_with_more_than_deltas_are_not_judged(extra: dict, base: Path, tmp_path: Path) -> None:
-    checkpoint = write(tmp_path / "moe", base, "softmax")
-    file = checkpoint / "experts" / "expert_1" / "adapter_config.json"
-    file.write_text(json.dumps(json.loads(file.read_text(encoding="utf-8")) | extra), encoding="utf-8")
-    with pytest.raises(NotApplicable, match=next(iter(extra))):
-        read_artifact(checkpoint)
 
 
 def test_experts_of_xlora_are_in_the_order_of_numbers(base: Path, tmp_path: Path) -> None:
