@@ -22,7 +22,6 @@ from harness.artifact import Adapter, load_base
 from harness.bench import Bench
 from harness.compare import as_float64, assert_within, rounding_floor, twice_the_loop
 from harness.loop import LoopModel
-from harness.loop_versions import plain
 from harness.outcome import NotApplicable, Void
 from harness.readings.layouts import NATIVE
 from harness.reference import Reference
@@ -120,7 +119,7 @@ class Workings:
             artifact,
             experts=artifact.experts if experts is None else experts,
             router=artifact.router if isinstance(router, str) else router,
-            transposed=any(isinstance(plain(layer.base_layer), Conv1D) for layer in layers),
+            transposed=any(isinstance(layer.base_layer, Conv1D) for layer in layers),
         )
 
     def variant_for_weights(self, experts: Sequence[Mapping[str, Adapter]]) -> Path:
@@ -250,7 +249,7 @@ class Workings:
         """What the model calls its experts, in the order of the weights' columns."""
         return list(getattr(model, "expert_names", self.reference.artifact.names))
 
-    def same_logits(  # noqa: PLR0913  the options are keywords
+    def same_logits(
         self,
         got: Tensor,
         want: object,
@@ -260,7 +259,8 @@ class Workings:
         where: np.ndarray | None = None,
         bound: float | None = None,
     ) -> None:
-        """Logits against the reference, or, with `twice`, of two answers that may each be off by the bound; `bound` unless given."""
+        """Logits against the reference, or, with `twice`, of two answers that may each be off by the bound, `self.bound` or
+        the given one."""
         __tracebackhide__ = True
         where = self.valid if where is None else where
         bound = (self.bound if bound is None else bound) * (2 if twice else 1)
@@ -312,23 +312,15 @@ class Workings:
         if self.reference.artifact.feed_forwards:
             raise NotApplicable("whole feed-forward networks are mixed here, and no Linear alone")
 
-    def need_sums(self, reason: str) -> None:
-        """No DoRA here: all experts are sums of deltas. reason: why the law is about no others."""
-        held = (*self.reference.experts, self.reference.artifact.shared)
-        if any(adapter.magnitude is not None for expert in held for adapter in expert.values()):
-            raise NotApplicable(f"experts have magnitudes (DoRA): {reason}")
-
-    def layers_alone(self) -> list[str]:
-        """Routed Linears that a law may ask alone: the routing of an expert's own bias is known to a whole pass only."""
-        names = [name for name in self.reference.module_names if name not in self.reference.artifact.versioned]
-        if not names:
-            raise NotApplicable("experts have a bias of their own in every routed Linear: those are judged in whole passes")
-        return names
+    @property
+    def is_any_order_possible(self) -> bool:
+        """Whether experts can change places: where units have different numbers of them, each has the first ones."""
+        return not isinstance(self.reference.router, UnitGates) or self.reference.router.is_even
 
     def permuted_router(self, order: Sequence[int]) -> Router | None:
         """The router of these experts in this order; of fewer experts than it chooses, it chooses all."""
         router = self.reference.router
-        if isinstance(router, UnitGates) and not router.is_even and list(order) != sorted(order):
+        if not self.is_any_order_possible and list(order) != sorted(order):
             raise NotApplicable("the units have different numbers of experts, each the first of them: no other order is possible")
         return None if router is None else router.permuted(order)
 

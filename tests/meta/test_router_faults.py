@@ -8,7 +8,9 @@ from pathlib import Path
 
 import pytest
 
+from fixtures.adamole import write_adamole
 from fixtures.faults import Fault
+from fixtures.gated import draw
 from fixtures.laws import CHECKS, judge
 from fixtures.router_faults import FAULTS
 from fixtures.router_specimens import ALL_KINDS, write
@@ -68,6 +70,16 @@ def test_correct_subject_raises_no_alarm(kind: str, routed: Callable[..., Path])
     for check in LAWS:
         found, message = judge(bench, check)
         assert found in (outcome.PASS, outcome.NOT_APPLICABLE), f"{kind}, {check}: {message}"
+
+
+@pytest.mark.parametrize("seed", range(2))
+def test_small_sum_to_divide_by_raises_no_alarm(seed: int, tmp_path: Path) -> None:
+    base = write_base(tmp_path / "base", "llama")
+    directory = write_adamole(tmp_path / "adamole", draw(base, ("q_proj", "v_proj")), pickled=False, max_threshold=0.5)
+    bench = Bench(directory, find_subject("dylo-moe"), seed=seed)
+    for check in ("model.routed_logits_equal_reference", "model.rows_independent", "model.cached_decode_equals_recompute"):
+        found, message = judge(bench, check)
+        assert found == outcome.PASS, f"{check}: {message}"
 
 
 @pytest.mark.parametrize("kind", ["feed_forward", "peft-xlora"])
