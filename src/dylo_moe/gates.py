@@ -19,7 +19,7 @@ class LayerGate(nn.Module):
 
     Args:
         state: the gate's tensors and top_k.
-        gates: what all gates of the model share: rule, temperature, threshold, number of experts.
+        gates: what all gates of the model share: rule, temperature, threshold, number of experts, the MLPs' activation.
 
     Raises:
         RoutingError: an unknown rule, a rule without its threshold, or top_k out of range.
@@ -34,6 +34,7 @@ class LayerGate(nn.Module):
         self.top_k = state.top_k
         self.temperature = gates.temperature
         self.threshold = gates.threshold
+        self.activation = gates.activation
         self.gate = _linear(state.weight, state.bias)
         self.threshold_gate = None
         if state.threshold_weight is not None:

@@ -33,7 +33,7 @@ def take_inventory(checkpoint: Checkpoint, base_model: str | None = None) -> dic
     base: {recorded: text or null, in_checkpoint: whether the checkpoint holds base weights, resolved: path, hub id or null}.
     experts: [{name, modules: how many, targets: [last part of their paths], ranks, alphas, scalings: [each value once],
         use_rslora: [...], dora: true or false, beside: [modules and biases that the expert has in a version of its own],
-        parameters: how many numbers its LoRA pairs have, dtypes: [...], norm: Frobenius norm of all s B A together}, ...].
+        parameters: how many numbers it has, in `beside` too, dtypes: [...], norm: Frobenius norm of all s B A together}, ...].
     shared: the same of the adapter that is always added, or null.
     router: null, or {kind: "dynamic_hybrid", "xlora" or "gates", features, experts, parameters, shapes: {name: [sizes]}, and the
         settings of its kind: top_k, temperature; layerwise, enable_softmax ...; rule, level, threshold, units}.
@@ -78,6 +78,7 @@ def _base(checkpoint: Checkpoint, given: str | None) -> tuple[dict[str, Any], tu
 def _expert(expert: Expert) -> dict[str, Any]:
     pairs = list(expert.modules.values())
     tensors = [t for pair in pairs for t in (pair.lora_A, pair.lora_B, pair.magnitude, pair.bias) if t is not None]
+    tensors += [tensor for module in expert.replaced.values() for tensor in module.values()] + list(expert.biases.values())
     return {
         "name": expert.name,
         "modules": len(pairs),

@@ -84,4 +84,5 @@ def _stored_gates(gates: list[LayerGate], units: Sequence[str], level: str) -> G
         level=level,
         temperature=first.temperature,
         threshold=first.threshold,
+        activation=first.activation,
     )

@@ -64,6 +64,14 @@ def test_experts_are_described_by_their_tensors(tmp_path):
     assert first["norm"] == pytest.approx(stacked.norm().item(), rel=1e-12)
 
 
+def test_what_an_expert_has_beside_its_pairs_is_counted():
+    bare = expert("a")
+    own = replace(bare, replaced={"model.norm": {"weight": draw(8)}}, biases={"lm_head": draw(5)})
+    plain, whole = take_inventory(mixture(None, experts=(bare, own)))["experts"]
+    assert whole["parameters"] == plain["parameters"] + 8 + 5
+    assert whole["beside"] == ["model.norm", "lm_head.bias"] and whole["norm"] == plain["norm"]
+
+
 def test_json_has_the_documented_keys_and_the_hashes_of_the_files(base, native):
     checkpoint = read_checkpoint(native)
     inventory = json.loads(json.dumps(take_inventory(checkpoint)))
@@ -121,7 +129,7 @@ def test_dora_and_modules_of_an_experts_own_are_said(tmp_path):
     own = replace(whole, modules=pairs, replaced={"lm_head": {"weight": draw(16, 8)}})
     (found,) = take_inventory(read_checkpoint(write_native(tmp_path / "x", mixture(None, experts=(own,)))))["experts"]
     assert found["dora"] and found["beside"] == ["lm_head"]
-    assert found["parameters"] == 4 * (4 * 16 + 8)
+    assert found["parameters"] == 4 * (4 * 16 + 8) + 16 * 8
     assert "DoRA" in shown({**take_inventory(mixture(None, path=tmp_path, experts=(own,))), "files": {}})
 
 

@@ -320,6 +320,8 @@ def test_saved_natively_and_loaded_again_it_is_bitwise_the_same(load, ids, tmp_p
     with torch.no_grad():
         assert torch.equal(again(ids).logits, model(ids).logits)
     assert again.checkpoint.format == "dylo-moe" and again.moe_config.routing_level == model.moe_config.routing_level
+    assert again.checkpoint.router.activation == model.checkpoint.router.activation
+    assert (again.checkpoint.router.activation == "silu") == strategy.startswith("mixlora")
 
 
 def test_another_activation_than_the_base_has_is_refused(bases, tmp_path):
