@@ -22,6 +22,7 @@ from harness.artifact import Adapter, load_base
 from harness.bench import Bench
 from harness.compare import as_float64, assert_within, rounding_floor, twice_the_loop
 from harness.loop import LoopModel
+from harness.loop_versions import plain
 from harness.outcome import NotApplicable, Void
 from harness.readings.layouts import NATIVE
 from harness.reference import Reference
@@ -119,7 +120,7 @@ class Workings:
             artifact,
             experts=artifact.experts if experts is None else experts,
             router=artifact.router if isinstance(router, str) else router,
-            transposed=any(isinstance(layer.base_layer, Conv1D) for layer in layers),
+            transposed=any(isinstance(plain(layer.base_layer), Conv1D) for layer in layers),
         )
 
     def variant_for_weights(self, experts: Sequence[Mapping[str, Adapter]]) -> Path:
@@ -311,6 +312,19 @@ class Workings:
     def need_units_to_be_linears(self) -> None:
         if self.reference.artifact.feed_forwards:
             raise NotApplicable("whole feed-forward networks are mixed here, and no Linear alone")
+
+    def need_sums(self, reason: str) -> None:
+        """No DoRA here: all experts are sums of deltas. reason: why the law is about no others."""
+        held = (*self.reference.experts, self.reference.artifact.shared)
+        if any(adapter.magnitude is not None for expert in held for adapter in expert.values()):
+            raise NotApplicable(f"experts have magnitudes (DoRA): {reason}")
+
+    def layers_alone(self) -> list[str]:
+        """Routed Linears that a law may ask alone: the routing of an expert's own bias is known to a whole pass only."""
+        names = [name for name in self.reference.module_names if name not in self.reference.artifact.versioned]
+        if not names:
+            raise NotApplicable("experts have a bias of their own in every routed Linear: those are judged in whole passes")
+        return names
 
     @property
     def is_any_order_possible(self) -> bool:
