@@ -8,7 +8,7 @@ from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
 
-from dylo_moe.errors import HashMismatch, UnknownFormat
+from dylo_moe.errors import HashMismatch, OptionError, UnknownFormat
 from dylo_moe.formats import (
     adamole,
     dylora,
@@ -107,6 +107,7 @@ def read_checkpoint(  # noqa: PLR0913 - as load_checkpoint: one option per thing
         CheckpointError: one of its subclasses, naming file and field, what was found and what was expected.
     """
     path = Path(path)
+    _check_options(expect_hash, adapters)
     pinned = expect_hash if isinstance(expect_hash, Mapping) else None
     files = CheckpointFiles(_root(path), pinned)
     options = ReadOptions(lora_alpha, top_k, temperature, router_features, rng_seed, genknowsub, adapters)
@@ -128,6 +129,15 @@ def combined_hash(hashes: Mapping[str, str]) -> str:
     """One SHA-256 for a checkpoint: of the lines "<sha256>  <relative name>", sorted by name, as sha256sum prints them."""
     lines = "".join(f"{digest}  {name}\n" for name, digest in sorted(hashes.items()))
     return hashlib.sha256(lines.encode()).hexdigest()
+
+
+def _check_options(expect_hash: object, adapters: object) -> None:
+    """Raises OptionError for options of another type: a hash that is none must not pass for one that was compared."""
+    for name, value, kinds in (("expect_hash", expect_hash, str), ("adapters", adapters, str | Path)):
+        values = value.values() if isinstance(value, Mapping) else () if value is None else (value,)
+        for each in values:
+            if not isinstance(each, kinds):
+                raise OptionError(f"{name} holds {each!r:.80}, but should hold text")
 
 
 def _root(path: Path) -> Path:

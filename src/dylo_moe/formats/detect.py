@@ -76,6 +76,13 @@ XLORA_CONFIG = "xlora_config.json"
 ARROW_ROUTER = "arrow_router"
 # Formats whose own experts lie in subdirectories with an adapter_config.json.
 _WITH_SUBDIRECTORIES = (XLORA, ARROW, "peft-xlora")
+# Weights at the root that mean a mixture of the subdirectories, once their configuration is there.
+_CONFIG_OF = {
+    "adapter_model.safetensors": "adapter_config.json",
+    "adapter_model.bin": "adapter_config.json",
+    "xlora_classifier.safetensors": XLORA_CONFIG,
+    "xlora_classifier.pt": XLORA_CONFIG,
+}
 _KNOWN = f"one of {', '.join(FORMATS)}"
 
 
@@ -209,6 +216,13 @@ def _of_subdirectories(files: CheckpointFiles) -> str:
     if names and router:
         found = f"the adapters {', '.join(names[:8])} and {router}"
         raise UnknownFormat(root, "", found=found, expected="experts in peft_adapters/, or a bag of LoRAs without router")
+    lost = next(
+        (name for name, config in _CONFIG_OF.items() if files.exists(root / name) and not files.exists(root / config)), None
+    )
+    if names and lost:
+        raise MissingFile(
+            root / _CONFIG_OF[lost], "", found=f"no such file, and {lost}", expected="the configuration of the mixture"
+        )
     if names:
         return peft_lora.BAG_FORMAT
     names = [entry.name for entry in entries(root)]

@@ -18,6 +18,7 @@ from dylo_moe.formats.tokenizer_files import tokenizer_directory
 LORA_FORMAT = "peft-lora"
 BAG_FORMAT = "lora-bag"
 ADALORA_FORMAT = "peft-adalora"
+_ADAPTER_FILES = ("adapter_config.json", "adapter_model.safetensors", "adapter_model.bin")
 
 
 def read_lora(files: CheckpointFiles, options: ReadOptions) -> Checkpoint:
@@ -39,8 +40,8 @@ def read_bag(files: CheckpointFiles, options: ReadOptions) -> Checkpoint:
 
 
 def adapter_directories(root: Path) -> list[Path]:
-    """Subdirectories that hold an adapter_config.json, in natural order of their names."""
-    found = [entry for entry in entries(root) if os.path.isfile(entry / "adapter_config.json")]
+    """Subdirectories that hold an adapter, in natural order of their names; half of one counts, to be refused when it is read."""
+    found = [entry for entry in entries(root) if any(os.path.lexists(entry / name) for name in _ADAPTER_FILES)]
     return sorted(found, key=lambda entry: natural_key(entry.name))
 
 

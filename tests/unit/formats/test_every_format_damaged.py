@@ -13,7 +13,7 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from dylo_moe import load_checkpoint
-from dylo_moe.errors import CheckpointError, ForeignTensor, IncompletePair, InvalidField, OptionError, ShapeMismatch
+from dylo_moe.errors import CheckpointError, ForeignTensor, IncompletePair, InvalidField, MissingFile, OptionError, ShapeMismatch
 from dylo_moe.formats import FORMATS, read_checkpoint
 from tests.unit.formats.every_format import OPTIONS, write_every_format
 
@@ -210,3 +210,38 @@ def test_damaged_base_weight_in_a_checkpoint_is_refused(written, copied, name, d
     base = None if name == "mergoo" else str(written["mergoo"].parent / "base")
     with pytest.raises(CheckpointError):
         load_checkpoint(path, base, **OPTIONS.get(name, {}))
+
+
+@pytest.mark.parametrize("kind", ["gone", "directory", "dangling link"])
+def test_expert_without_a_readable_configuration_is_not_left_out(copied, kind):
+    path = copied("lora-bag")
+    file = path / "expert_0" / "adapter_config.json"
+    file.unlink()
+    if kind == "directory":
+        file.mkdir()
+    if kind == "dangling link":
+        file.symlink_to("nowhere")
+    with pytest.raises(MissingFile, match="expert_0"):
+        read_checkpoint(path)
+
+
+@pytest.mark.parametrize("name, config", [("peft-xlora", "adapter_config.json"), ("xlora", "xlora_config.json")])
+def test_mixture_that_lost_its_configuration_is_no_bag(copied, name, config):
+    path = copied(name)
+    (path / config).unlink()
+    with pytest.raises(MissingFile, match=config):
+        read_checkpoint(path)
+
+
+def test_full_state_of_an_untied_model_without_its_head_is_refused(written, copied):
+    path = copied("dylora-full-state")
+    file = path / "model.safetensors"
+    save_file({key: tensor for key, tensor in load_file(file).items() if not key.endswith("lm_head.weight")}, file)
+    with pytest.raises(ShapeMismatch, match="lm_head"):
+        load_checkpoint(path, str(written["mergoo"].parent / "base"), lora_alpha=8)
+
+
+@pytest.mark.parametrize("options", [{"expect_hash": 5}, {"expect_hash": {"adapter_config.json": 5}}, {"adapters": {"0": 5}}])
+def test_option_of_another_type_is_refused(written, options):
+    with pytest.raises(OptionError, match="should hold text"):
+        read_checkpoint(written["peft-xlora"], **options)
