@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -24,12 +24,14 @@ CANONICAL_TASKS = 4
 Step = tuple[str, str, Callable[[], dict]]
 
 
-def calibrate(checkpoint: Path, base_model: str | None, checks: Sequence[str]) -> list[dict]:
+def calibrate(
+    checkpoint: Path, base_model: str | None, checks: Sequence[str], assume: Mapping[str, object] | None = None
+) -> list[dict]:
     """Runs what the chosen checks rely on; results in the form of a check's.
 
     checkpoint: any that will be judged. A failure of the clock leaves times undecided; any other is the judge's own.
     """
-    bench = Bench(checkpoint, subject=None, base_model=base_model)
+    bench = Bench(checkpoint, subject=None, base_model=base_model, assume=assume or {})
     steps: list[Step] = [
         ("calibration.comparison", "A wrong element, a NaN and a comparison that cannot fail are each refused.", _comparison),
         (
@@ -81,7 +83,8 @@ def _comparison() -> dict:
 def _reference(bench: Bench) -> dict:
     """Two references from the same files, every logit and routing weight."""
     ids, mask = _prompt(bench)
-    first, second = bench.reference, Bench(bench.checkpoint, subject=None, base_model=bench.base_model).reference
+    again = Bench(bench.checkpoint, subject=None, base_model=bench.base_model, assume=bench.assume)
+    first, second = bench.reference, again.reference
     with compare.recording() as comparisons:
         if first.num_experts:
             weights = torch.full((*ids.shape, first.num_experts), 1 / first.num_experts)

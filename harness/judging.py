@@ -33,7 +33,7 @@ def judge(settings: Settings, display: Display) -> dict:
         dockets = list(_dockets(settings, directory))
         baseline = _baseline(settings, environment, dockets)
         ids = sorted({law.id for docket in dockets for law in docket.laws})
-        calibration = calibrate(dockets[0].bench.checkpoint, settings.base_model, ids)
+        calibration = calibrate(dockets[0].bench.checkpoint, settings.base_model, ids, settings.assume)
         with nullcontext() if any(exhibit.is_users for exhibit in settings.exhibits) else one_thread():
             # Specimens are so small that a second thread costs ten times what it saves on a shared machine.
             checkpoints = [_judge_one(settings, docket, display) for docket in dockets]

@@ -12,6 +12,8 @@ from harness.oracles.xlora import Scaling
 from harness.readings.files import adapter_directory, array
 from harness.routers import Classifier, HybridGate, UnitGate, UnitGates
 
+_NOT_PEFTS = ("adamole", "hydralora", "loramoe", "mergoo", "mixlora", "moe-peft-loramoe", "moe-peft-mola", "mola", "peft-poly")
+
 
 def read(path: Path, base_model: str | None, assume: Mapping[str, Any]) -> Artifact:
     from dylo_moe import read_checkpoint
@@ -19,7 +21,8 @@ def read(path: Path, base_model: str | None, assume: Mapping[str, Any]) -> Artif
     checkpoint = read_checkpoint(path, **assume)
     state = checkpoint.router
     by_network = getattr(state, "level", None) == "feed_forward"
-    whole = checkpoint.assumptions.get("genknowsub") in (None, "subtracted")  # else the files hold more than the experts
+    # Otherwise the files hold more than the experts, or are of another program that gives them PEFT's names.
+    whole = checkpoint.assumptions.get("genknowsub") in (None, "subtracted") and checkpoint.format not in _NOT_PEFTS
     return Artifact(
         path=path,
         base=str(path) if checkpoint.format == "merged" else base_model or checkpoint.base_model,

@@ -12,11 +12,14 @@ from fixtures.adamole import write_adamole
 from fixtures.faults import Fault
 from fixtures.gated import draw
 from fixtures.laws import CHECKS, judge
+from fixtures.mola import write_mola
 from fixtures.router_faults import FAULTS
 from fixtures.router_specimens import ALL_KINDS, write
 from harness import outcome
 from harness.bench import Bench
+from harness.calibration import calibrate
 from harness.oracles.gates import RULES
+from harness.readings import read_artifact
 from harness.specimens import write_base
 from harness.subjects import find_subject
 
@@ -104,3 +107,11 @@ def test_multi_pass_differs_from_a_mixture_in_the_layers(tmp_path: Path) -> None
     assert judge(bench, "equivalence.constant_one_hot_equals_multi_pass")[0] == outcome.PASS
     assert judge(bench, "model.causal")[0] == outcome.FAIL
     shutil.rmtree(tmp_path / "moe")
+
+
+def test_what_the_user_states_reaches_the_calibration_and_no_foreign_file_is_taken_for_stock_pefts(tmp_path: Path) -> None:
+    base = write_base(tmp_path / "base", "llama")
+    path = write_mola(tmp_path / "mola", draw(base, ("q_proj",), experts=(2, 3), ranks=(4, 4)), pickled=False)
+    results = calibrate(path, None, ["model.causal"], {"top_k": (1, 2)})
+    assert {result["outcome"] for result in results} == {outcome.PASS}
+    assert set(read_artifact(path, None, {"top_k": (1, 2)}).adapter_directories) == {None}
