@@ -149,7 +149,12 @@ def _router(files: CheckpointFiles, config: dict[str, Any], count: int, options:
         expected = f"null or one of the types {', '.join((HYBRID, *readers))}"
         raise InvalidField(path, "router", found=repr(section)[:80], expected=expected)
     if not files.exists(tensor_path):
-        raise GateMissing(tensor_path, "", found="no such file", expected=f"the router that {CONFIG} describes")
+        raise GateMissing(
+            tensor_path,
+            "gate.weight" if kind == HYBRID else "",
+            found="no such file",
+            expected=f"the router that {CONFIG} describes",
+        )
     if kind == HYBRID:
         return _hybrid(section, files, count, options)
     return readers[kind](overridden(section, options, path), files, (path, tensor_path), count)
