@@ -114,6 +114,8 @@ def load_base(artifact: Artifact, dtype: torch.dtype, attention: str | None = No
         model.tie_weights()
     else:
         model = AutoModelForCausalLM.from_pretrained(artifact.base, config=config, dtype=dtype, **options)
+        if getattr(config, "quantization_config", None) is not None and dtype == torch.float64:
+            model = model.dequantize().to(dtype)  # what the stored numbers stand for, without the kernel's own rounding
     return model.eval().requires_grad_(False)
 
 

@@ -7,6 +7,7 @@ says why; 3 the judge itself failed; 4 nothing failed, but something required is
 from __future__ import annotations
 
 import argparse
+import os
 import sys
 import traceback
 from collections.abc import Sequence
@@ -32,7 +33,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     options = None
     try:
         options = parser().parse_args(command)
-        return run(options, command)
+        code = run(options, command)
+        sys.stdout.flush()
+        return code
     except SystemExit as ended:
         if options is None:  # argparse printed the help
             return EXIT_PASSED
@@ -45,6 +48,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except KeyboardInterrupt:
         print(f"{PROGRAM}: interrupted, no verdict", file=sys.stderr)
         return EXIT_INTERRUPTED
+    except OSError as error:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # else Python tries again to write what is left, at exit
+        print(f"{PROGRAM}: {error.filename or 'standard output'}: {error.strerror}, no verdict", file=sys.stderr)
+        return EXIT_JUDGE_FAILED
     except Exception:  # noqa: BLE001  (the last frame: what escapes here is the judge's own failure)
         traceback.print_exc()
         print(f"{PROGRAM}: the judge itself failed; this says nothing about the checkpoint", file=sys.stderr)

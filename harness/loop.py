@@ -36,7 +36,8 @@ class LoopLinear(nn.Module):
     ) -> None:
         super().__init__()
         self.base_layer, self.names = base_layer, names
-        dtype = base_layer.weight.dtype
+        stored = base_layer.weight.dtype
+        dtype = stored if stored.is_floating_point else torch.float32  # of the experts on a quantised base
         held = adapters if shared is None else {**adapters, SHARED: shared}
         self.lora_A = nn.ModuleDict({name: linear(a.lora_A, dtype) for name, a in held.items()})
         self.lora_B = nn.ModuleDict({name: linear(a.lora_B, dtype) for name, a in held.items()})

@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from harness.bench import Bench
 from harness.compare import UNIT_ROUNDOFF, as_float64, assert_within, dot_bound, twice_the_loop
 from harness.oracles import mixture
+from harness.outcome import NotApplicable
 from harness.workings import Workings, workings
 
 ROWS, TOKENS = 3, 5
@@ -184,9 +185,16 @@ def check_gradients_equal_oracle(bench: Bench) -> None:
     w = workings(bench)
     w.need_experts()
     w.need_sums("the norm of a magnitude is a constant in training, and gradients are judged of the whole model")
+    _need_plain_base(w)
     model = w.load(dtype="float64")
     for case in _cases(bench, torch.float64):
         _compare_gradients(replace(case, layer=model.routed_layers()[case.name]), w.expert_names(model))
+
+
+def _need_plain_base(w: Workings) -> None:
+    layers = w.need_method(w.model, "routed_layers")().values()
+    if any(not layer.base_layer.weight.is_floating_point() for layer in layers):
+        raise NotApplicable("the base layer is quantised: its kernel decides what is rounded where")
 
 
 def _compare_gradients(case: Case, names: Sequence[str]) -> None:
@@ -217,6 +225,7 @@ def check_half_precision_error_at_most_twice_loop(bench: Bench) -> None:
     w = workings(bench)
     w.need_experts()
     w.need_sums("no published loop says what is rounded where with a magnitude")
+    _need_plain_base(w)
     for dtype in (torch.bfloat16, torch.float16):
         model = w.load(dtype=str(dtype).removeprefix("torch."))
         for case in _cases(bench, dtype):

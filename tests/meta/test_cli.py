@@ -216,6 +216,14 @@ def test_list_and_explain_print_the_docstring(command):
         assert told in out
 
 
+def test_full_disk_behind_stdout_is_one_line_and_no_verdict():
+    with open("/dev/full", "w") as full:
+        command = [sys.executable, "-m", "harness.cli", "--list"]
+        done = subprocess.run(command, stdout=full, stderr=subprocess.PIPE, text=True, check=False)
+    assert done.returncode == 3
+    assert done.stderr == "validate_moe_modifications: standard output: No space left on device, no verdict\n"
+
+
 def test_explain_tells_the_thresholds_that_the_tolerance_names(command):
     out = command(PASSING.replace("exact", "time_band and nothing else"), "--explain", "mine.law")[1]
     assert "time_band = 0.25" in out

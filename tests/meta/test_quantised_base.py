@@ -1,0 +1,58 @@
+"""The judge on a base quantised to 4 bits: a correct subject raises no alarm, planted faults are caught."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+from transformers import AutoModelForCausalLM, AutoTokenizer, BitsAndBytesConfig
+
+from fixtures.faults import FaultySubject
+from fixtures.laws import judge
+from harness import outcome
+from harness.bench import Bench
+from harness.specimens import write_base, write_checkpoint
+from harness.subjects import find_subject
+
+LAWS = ("layer.equals_oracle", "model.routing_is_applied", "model.cached_decode_equals_recompute", "model.save_load_bitwise")
+FLOAT64_LAWS = ("layer.gradients_equal_oracle", "layer.half_precision_error_at_most_twice_loop")
+
+
+@pytest.fixture(scope="module")
+def checkpoint(tmp_path_factory) -> tuple[Path, Path]:
+    """A native checkpoint, and the quantised base that it is judged on."""
+    root = tmp_path_factory.mktemp("quantised")
+    base = write_base(root / "base", "llama")
+    config = BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_compute_dtype=torch.float32)
+    quantised = AutoModelForCausalLM.from_pretrained(base, quantization_config=config, dtype=torch.float32)
+    quantised.save_pretrained(root / "nf4")
+    AutoTokenizer.from_pretrained(base).save_pretrained(root / "nf4")
+    return write_checkpoint(root / "moe", base, num_experts=3), root / "nf4"
+
+
+def bench(checkpoint: tuple[Path, Path], subject: object) -> Bench:
+    return Bench(checkpoint[0], subject, base_model=str(checkpoint[1]))
+
+
+@pytest.mark.parametrize("law", LAWS)
+def test_a_correct_subject_raises_no_alarm(checkpoint, law):
+    found, message = judge(bench(checkpoint, find_subject("dylo-moe")), law)
+    assert found == outcome.PASS, message
+
+
+@pytest.mark.parametrize("law", FLOAT64_LAWS)
+def test_laws_about_digits_that_the_kernel_decides_do_not_apply(checkpoint, law):
+    found, message = judge(bench(checkpoint, find_subject("dylo-moe")), law)
+    assert found == outcome.NOT_APPLICABLE and "quantised" in message
+
+
+def scale_doubled(model: torch.nn.Module) -> None:
+    for layer in model.routed_layers().values():
+        layer.scaling["expert_1"] *= 2
+
+
+@pytest.mark.parametrize("law", ["model.routing_is_applied", "formats.loaded_logits_equal_reference"])
+def test_a_doubled_scale_is_caught(checkpoint, law):
+    assert judge(bench(checkpoint, find_subject("dylo-moe")), law)[0] == outcome.PASS
+    assert judge(bench(checkpoint, FaultySubject(scale_doubled)), law)[0] == outcome.FAIL
