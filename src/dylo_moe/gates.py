@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from dylo_moe.errors import RoutingError
 from dylo_moe.formats import GATE_RULES, GatesState, GateState
+from dylo_moe.router import stored, wide_linear
 
 
 class LayerGate(nn.Module):
@@ -35,10 +36,10 @@ class LayerGate(nn.Module):
         self.temperature = gates.temperature
         self.threshold = gates.threshold
         self.activation = gates.activation
-        self.gate = _linear(state.weight, state.bias)
+        self.gate = wide_linear(state.weight, state.bias)
         self.threshold_gate = None
         if state.threshold_weight is not None:
-            self.threshold_gate = _linear(state.threshold_weight, state.threshold_bias)
+            self.threshold_gate = wide_linear(state.threshold_weight, state.threshold_bias)
 
     def forward(self, x: Tensor) -> Tensor:
         """x: (B, S, I) of any float dtype -> weights (B, S, E) in the gate's; experts that are not here have weight 0."""
@@ -50,11 +51,11 @@ class LayerGate(nn.Module):
         """The tensors as they are now, on the CPU."""
         threshold = self.threshold_gate
         return GateState(
-            weight=_stored(self.gate.weight),
-            bias=_stored(self.gate.bias),
+            weight=stored(self.gate.weight),
+            bias=stored(self.gate.bias),
             top_k=self.top_k,
-            threshold_weight=None if threshold is None else _stored(threshold.weight),
-            threshold_bias=None if threshold is None else _stored(threshold.bias),
+            threshold_weight=None if threshold is None else stored(threshold.weight),
+            threshold_bias=None if threshold is None else stored(threshold.bias),
         )
 
     def extra_repr(self) -> str:
@@ -118,20 +119,6 @@ def _normalised(weights: Tensor) -> Tensor:
     """Divided by their sum; all zero stays all zero."""
     total = weights.sum(dim=-1, keepdim=True)
     return weights / torch.where(total == 0, 1.0, total)
-
-
-def _linear(weight: Tensor, bias: Tensor | None) -> nn.Linear:
-    linear = nn.Linear(weight.shape[1], weight.shape[0], bias=bias is not None, device="meta")
-    # A 16-bit gate would round weights to 3 digits; like the experts in PEFT, it computes in float32.
-    wide = torch.promote_types(weight.dtype, torch.float32)
-    linear.weight = nn.Parameter(weight.to(wide, copy=True))
-    if bias is not None:
-        linear.bias = nn.Parameter(bias.to(wide, copy=True))
-    return linear
-
-
-def _stored(parameter: Tensor | None) -> Tensor | None:
-    return None if parameter is None else parameter.detach().cpu()
 
 
 def _check(state: GateState, gates: GatesState, here: int) -> None:

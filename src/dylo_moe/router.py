@@ -76,3 +76,21 @@ def load_balancing_loss(weights: Tensor, kind: str, mask: Tensor | None = None) 
     if kind == "none":
         return mean.new_zeros(())
     raise RoutingError(f"load_balance_loss_type={kind!r}, but should be one of mse, switch, none")
+
+
+def wide_linear(weight: Tensor, bias: Tensor | None) -> nn.Linear:
+    """A Linear of a router, of copies of a checkpoint's tensors; weight: (out, in), bias: (out,) or None.
+
+    16 bits would round routing weights to 3 digits; like the experts in PEFT, a router computes in float32 at least.
+    """
+    linear = nn.Linear(weight.shape[1], weight.shape[0], bias=bias is not None, device="meta")
+    wide = torch.promote_types(weight.dtype, torch.float32)
+    linear.weight = nn.Parameter(weight.to(wide, copy=True))
+    if bias is not None:
+        linear.bias = nn.Parameter(bias.to(wide, copy=True))
+    return linear
+
+
+def stored(parameter: Tensor | None) -> Tensor | None:
+    """A parameter as a checkpoint holds it: detached, on the CPU."""
+    return None if parameter is None else parameter.detach().cpu()

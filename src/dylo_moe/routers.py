@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from typing import Any
 
-import torch
 from torch import nn
 from transformers import PreTrainedModel
 
@@ -13,7 +12,7 @@ from dylo_moe.errors import InvalidField, ShapeMismatch
 from dylo_moe.feed_forward import has_activation
 from dylo_moe.formats import Checkpoint, GatesState, RouterState, XLoraState
 from dylo_moe.gates import LayerGate
-from dylo_moe.router import DynamicHybridRouter
+from dylo_moe.router import DynamicHybridRouter, wide_linear
 from dylo_moe.xlora_router import XLoraRouter
 
 
@@ -32,9 +31,7 @@ def build_router(checkpoint: Checkpoint, causal_lm: PreTrainedModel) -> nn.Modul
     if state is None:
         return None
     router = DynamicHybridRouter(state.hidden_size, state.num_experts, state.top_k, state.temperature)
-    # A 16-bit gate would round weights to 3 digits; like the experts in PEFT, it computes in float32.
-    wide = torch.promote_types(state.weight.dtype, torch.float32)
-    router.gate.weight.data, router.gate.bias.data = state.weight.to(wide).clone(), state.bias.to(wide).clone()
+    router.gate = wide_linear(state.weight, state.bias)
     return router
 
 

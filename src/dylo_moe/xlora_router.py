@@ -11,6 +11,7 @@ from torch.nn import functional as F
 
 from dylo_moe.errors import RoutingError
 from dylo_moe.formats import XLoraState
+from dylo_moe.router import stored, wide_linear
 
 
 class XLoraRouter(nn.Module):
@@ -38,7 +39,7 @@ class XLoraRouter(nn.Module):
         self.global_scaling_weight = state.global_scaling_weight
         self.dropout = state.dropout
         self.use_relu = state.use_relu
-        self.layers = nn.ModuleList(_linear(weight, bias) for weight, bias in state.layers)
+        self.layers = nn.ModuleList(wide_linear(weight, bias) for weight, bias in state.layers)
 
     def forward(self, hidden_states: Tensor) -> Tensor:
         """(B, S, H) of any float dtype -> weights (B, S, E), layerwise (B, S, L, E), in the classifier's dtype."""
@@ -68,7 +69,7 @@ class XLoraRouter(nn.Module):
     def state(self) -> XLoraState:
         """The settings, and the tensors as they are now, on the CPU."""
         return XLoraState(
-            layers=tuple((_stored(layer.weight), _stored(layer.bias)) for layer in self.layers),
+            layers=tuple((stored(layer.weight), stored(layer.bias)) for layer in self.layers),
             num_experts=self.num_experts,
             num_layers=self.num_layers,
             layerwise=self.layerwise,
@@ -83,20 +84,6 @@ class XLoraRouter(nn.Module):
 
     def extra_repr(self) -> str:
         return f"experts={self.num_experts}, top_k={self.top_k}, temperature={self.temperature}, layerwise={self.layerwise}"
-
-
-def _linear(weight: Tensor, bias: Tensor | None) -> nn.Linear:
-    linear = nn.Linear(weight.shape[1], weight.shape[0], bias=bias is not None, device="meta")
-    # A 16-bit classifier would round weights to 3 digits; like the experts in PEFT, it computes in float32.
-    wide = torch.promote_types(weight.dtype, torch.float32)
-    linear.weight = nn.Parameter(weight.to(wide, copy=True))
-    if bias is not None:
-        linear.bias = nn.Parameter(bias.to(wide, copy=True))
-    return linear
-
-
-def _stored(parameter: Tensor | None) -> Tensor | None:
-    return None if parameter is None else parameter.detach().cpu()
 
 
 def _check(state: XLoraState) -> None:
