@@ -2,8 +2,9 @@
 
     python -m harness.conformance --output docs/conformance.md
 
-judges each subject on the specimens that it reads and writes the matrix. A cell that fails must be explained: conformance.toml
-names the heading of docs/findings.md that reproduces it.
+judges each subject on the specimens that it reads and writes the matrix; `--verdict FILE` takes a verdict that is there already,
+of a subject of your own for example. A cell that fails must be explained: conformance.toml names the heading of docs/findings.md
+that reproduces it.
 """
 
 from __future__ import annotations
@@ -35,9 +36,12 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="python -m harness.conformance", description="Laws against implementations.")
     parser.add_argument("--output", type=Path, default=Path("docs/conformance.md"))
     parser.add_argument("--subject", action="append", help=f"repeatable; default: {', '.join(SUBJECTS)}")
+    parser.add_argument("--verdict", action="append", type=Path, default=[], help="a verdict.json to show; repeatable")
     options = parser.parse_args(arguments)
-    verdicts = [judged(subject) for subject in options.subject or SUBJECTS]
     try:
+        shown = {verdict["subject"]: verdict for verdict in map(read_verdict, options.verdict)}
+        subjects = options.subject or [*SUBJECTS, *(subject for subject in shown if subject not in SUBJECTS)]
+        verdicts = [shown[subject] if subject in shown else judged(subject) for subject in subjects]
         page = conformance(verdicts, tomllib.loads(FINDINGS.read_text(encoding="utf-8")))
     except Unusable as error:
         print(error, file=sys.stderr)
