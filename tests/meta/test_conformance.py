@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import re
 import tomllib
 from pathlib import Path
@@ -10,7 +11,7 @@ import pytest
 
 from fixtures.verdicts import check, checkpoint, verdict
 from harness import outcome
-from harness.conformance import FINDINGS, cells, conformance, heading
+from harness.conformance import FINDINGS, anchor, cells, conformance, heading, main
 from harness.outcome import Unusable
 
 DOCS = Path(__file__).resolve().parents[2] / "docs"
@@ -73,6 +74,25 @@ def test_the_recorded_findings_exist():
     for laws in tomllib.loads(FINDINGS.read_text()).values():
         for glob, text in laws.items():
             assert text in headings, glob
+
+
+def test_verdicts_that_are_there_are_shown_and_not_judged_again(tmp_path):
+    files = []
+    for subject in ("one", "two"):
+        files += ["--verdict", str(tmp_path / f"{subject}.json")]
+        (tmp_path / f"{subject}.json").write_text(json.dumps(judged(subject, "pass")))
+    page = tmp_path / "page.md"
+    assert main([*files, "--subject", "two", "--subject", "one", "--output", str(page)]) == 0
+    assert "| law | two | one |" in page.read_text()
+
+
+def test_the_committed_matrix_links_to_findings_that_exist():
+    page = (DOCS / "conformance.md").read_text()
+    headings = re.findall(r"^## (.*)$", (DOCS / "findings.md").read_text(), flags=re.MULTILINE)
+    links = re.findall(r"findings\.md#([^)]*)", page)
+    assert set(links) <= {anchor(text) for text in headings}
+    for subject in ("dylo-moe", "naive-loop", "multi-pass", "peft-xlora", "peft-arrow"):
+        assert f" {subject} |" in page
 
 
 def test_globs_are_tried_in_the_order_of_the_file():
