@@ -5,6 +5,8 @@ B rows, S tokens, E experts, L routed units, n scores.
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
+
 import numpy as np
 import torch
 from torch import Tensor, nn
@@ -12,18 +14,20 @@ from torch import Tensor, nn
 from harness.routers import Classifier, Decider, HybridGate, Router, UnitGate, UnitGates
 
 
-class LoopRouter(nn.Module):
+class LoopRouter(nn.Module, ABC):
     """scores(x), then weights(scores). While `recorded` is a list, every call's scores are appended to it."""
 
     def __init__(self) -> None:
         super().__init__()
         self.recorded: list[Tensor] | None = None
 
+    @abstractmethod
     def scores(self, x: Tensor) -> Tensor:
-        raise NotImplementedError
+        """(B, S, in) -> (B, S, ..., n)"""
 
+    @abstractmethod
     def weights(self, scores: Tensor) -> Tensor:
-        raise NotImplementedError
+        """(B, S, ..., n) -> (B, S, E) or (B, S, L, E)"""
 
     def forward(self, x: Tensor) -> Tensor:
         """(B, S, in) -> (B, S, E) or (B, S, L, E)"""

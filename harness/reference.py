@@ -88,12 +88,14 @@ class Reference:
 
     def base_logits(self, ids: Tensor, mask: Tensor | None = None) -> np.ndarray:
         """(B, S, V) with every expert and the shared adapter off."""
-        answer = lambda row: self.model.base_logits(row).numpy()  # noqa: E731
-        return self._keep(("base", ids, mask), lambda: self._by_row(answer, ids, mask))
+        return self._keep(("base", ids, mask), lambda: self._by_row(self._row_base_logits, ids, mask))
 
     def routing_weights(self, ids: Tensor, mask: Tensor | None = None) -> np.ndarray:
         """(B, S, E), or (B, S, L, E) where the router looks at each layer's own input; 0 at padding."""
         return self._keep(("weights", ids, mask), lambda: self._by_row(self._row_weights, ids, mask))
+
+    def _row_base_logits(self, row: Tensor) -> np.ndarray:
+        return self.model.base_logits(row).numpy()
 
     def _row_logits(self, row: Tensor, weights: Tensor | None = None) -> np.ndarray:
         return self.model(row, routing_weights=weights).logits.numpy()

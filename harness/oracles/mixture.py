@@ -41,11 +41,8 @@ class Layer:
         return any(magnitude is not None for magnitude in self.magnitudes)
 
     def reordered(self, order: list[int]) -> Layer:
-        pick = lambda values: tuple(values[e] for e in order) if values else ()  # noqa: E731
-        return Layer(
-            self.weight, self.bias, pick(self.lora_A), pick(self.lora_B), pick(self.scalings), pick(self.magnitudes),
-            pick(self.biases),
-        )  # fmt: skip
+        per_expert = (self.lora_A, self.lora_B, self.scalings, self.magnitudes, self.biases)
+        return Layer(self.weight, self.bias, *(tuple(values[e] for e in order if values) for values in per_expert))
 
     @property
     def num_experts(self) -> int:

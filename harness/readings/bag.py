@@ -25,8 +25,11 @@ def read_one(path: Path, base_model: str | None, assume: Mapping[str, Any]) -> A
 def read_bag(path: Path, base_model: str | None, assume: Mapping[str, Any]) -> Artifact:
     """One expert per subdirectory; digits in names count as numbers, so that expert_10 follows expert_9."""
     found = [file.parent for file in path.glob("*/adapter_config.json")]
-    number = lambda directory: [int(p) if p.isdigit() else p for p in re.split(r"(\d+)", directory.name)]  # noqa: E731
-    return _read(path, {directory.name: directory for directory in sorted(found, key=number)}, base_model)
+    return _read(path, {directory.name: directory for directory in sorted(found, key=_by_number)}, base_model)
+
+
+def _by_number(directory: Path) -> list[int | str]:
+    return [int(part) if part.isdecimal() else part for part in re.split(r"(\d+)", directory.name)]
 
 
 def _read(path: Path, directories: Mapping[str, Path], base_model: str | None) -> Artifact:

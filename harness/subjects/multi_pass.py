@@ -6,14 +6,10 @@ the naive loop's; only the mixing is another, so every law that a mixture in the
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from pathlib import Path
-
-from torch import Tensor, nn
+from torch import Tensor
 from transformers.modeling_outputs import MoeCausalLMOutputWithPast
 
-from harness.readings import read_artifact
-from harness.subjects.naive_loop import NaiveLoopModel, NaiveLoopSubject, as_dtype
+from harness.subjects.naive_loop import NaiveLoopModel, NaiveLoopSubject
 
 
 class MultiPassModel(NaiveLoopModel):
@@ -60,18 +56,7 @@ def _mean_over_tokens(weights: Tensor, mask: Tensor | None) -> Tensor:
 class MultiPassSubject(NaiveLoopSubject):
     name = "multi-pass"
     formats = ("dylo-moe",)
-
-    def load(
-        self,
-        checkpoint: Path,
-        *,
-        base_model: str | None = None,
-        device: str = "cpu",
-        dtype: str | None = None,
-        assume: Mapping[str, object] | None = None,
-    ) -> nn.Module:
-        artifact = read_artifact(Path(checkpoint), base_model, assume)
-        return MultiPassModel(artifact, as_dtype(dtype)).to(device)
+    model_class = MultiPassModel
 
 
 def make() -> MultiPassSubject:

@@ -86,6 +86,7 @@ class NaiveLoopModel(LoopModel):
 
 class NaiveLoopSubject:
     name = "naive-loop"
+    model_class: type[nn.Module] = NaiveLoopModel
     formats = ("dylo-moe", "peft-xlora", "peft-arrow")
 
     def load(
@@ -98,7 +99,7 @@ class NaiveLoopSubject:
         assume: Mapping[str, object] | None = None,
     ) -> nn.Module:
         artifact = read_artifact(Path(checkpoint), base_model, assume)
-        return NaiveLoopModel(artifact, as_dtype(dtype)).to(device)
+        return self.model_class(artifact, as_dtype(dtype)).to(device)
 
     def detach(self, model: NaiveLoopModel) -> PreTrainedModel:
         return model.unwrapped()

@@ -81,8 +81,10 @@ def no_versions(artifact: Artifact) -> Artifact:
 def bias_twice(artifact: Artifact) -> Artifact:
     """Every expert's bias is as far again from the base's."""
     base = foreign_base(artifact)
-    doubled = lambda module, bias: 2 * bias - base[f"{module}.bias"]  # noqa: E731
-    experts = [Expert(e, e.replaced, {m: doubled(m, bias) for m, bias in e.biases.items()}) for e in artifact.experts]
+    experts = []
+    for expert in artifact.experts:
+        doubled = {module: 2 * bias - base[f"{module}.bias"] for module, bias in expert.biases.items()}
+        experts.append(Expert(expert, expert.replaced, doubled))
     return replace(artifact, experts=tuple(experts))
 
 

@@ -11,6 +11,7 @@ from safetensors.torch import load_file, save_file
 
 from dylo_moe import errors, load_checkpoint
 from dylo_moe.formats import detect_model_format, read_checkpoint
+from dylo_moe.formats.checkpoint import Checkpoint, GateState
 from fixtures.moe_peft import FORMATS, Recipe, adapter_tensors, write_moe_peft
 from harness.specimens import write_base
 
@@ -105,12 +106,15 @@ def test_expert_lora_holds_for_the_experts_only(write):
     assert any("expert_lora" in warning for warning in checkpoint.warnings)
 
 
+def first_gate(checkpoint: Checkpoint) -> GateState:
+    return next(iter(checkpoint.router.gates.values()))
+
+
 def test_what_the_caller_says_wins_and_what_nobody_says_is_recorded(write):
-    first = lambda checkpoint: next(iter(checkpoint.router.gates.values()))  # noqa: E731
-    assert first(read_checkpoint(write(), top_k=3)).top_k == 3
+    assert first_gate(read_checkpoint(write(), top_k=3)).top_k == 3
     assert read_checkpoint(write(Recipe("mixlora-dynamic", temperature=0.5)), temperature=2.0).router.temperature == 2.0
     without = read_checkpoint(write(top_k=None))
-    assert first(without).top_k == 2 and without.assumptions == {"top_k": 2}
+    assert first_gate(without).top_k == 2 and without.assumptions == {"top_k": 2}
     without = read_checkpoint(write(Recipe("mixlora-dynamic"), top_p=None, temperature=None))
     assert without.router.threshold == 0.8 and without.assumptions == {"top_p": 0.8, "temperature": 0.0}
 

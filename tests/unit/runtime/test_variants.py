@@ -112,22 +112,25 @@ def test_saved_natively_it_is_bitwise_the_same_and_stock_peft_reads_each_expert(
         assert all(torch.equal(tensor, copied[key]) for key, tensor in original.items() if key in copied)
 
 
+def array(tensor: torch.Tensor) -> np.ndarray:
+    return tensor.detach().numpy()
+
+
 def test_dora_mixture_equals_the_equation_in_float64(bags, ids):
     directory, base = bags("DoRA")
     model = load_checkpoint(directory, base_model=str(base)).double()
     layer = model.routed_layers()["model.layers.0.self_attn.q_proj"]
     x, w = torch.randn(2, 7, layer.in_features).double(), torch.rand(2, 7, 3).double()
-    f = lambda tensor: tensor.detach().numpy()  # noqa: E731
-    weight, bias = f(layer.base_layer.weight), f(layer.base_layer.bias)
-    wanted = base_output = f(x) @ weight.T + bias
+    weight, bias = array(layer.base_layer.weight), array(layer.base_layer.bias)
+    wanted = base_output = array(x) @ weight.T + bias
     for e, name in enumerate(model.expert_names):
-        delta = layer.scaling[name] * f(layer.lora_B[name].weight) @ f(layer.lora_A[name].weight)
+        delta = layer.scaling[name] * array(layer.lora_B[name].weight) @ array(layer.lora_A[name].weight)
         changed = weight + delta
         if name in layer.lora_magnitude_vector:
             length = np.linalg.norm(changed, axis=1, keepdims=True)
-            changed = f(layer.lora_magnitude_vector[name].weight)[:, None] / length * changed
-        wanted = wanted + f(w)[..., e : e + 1] * (f(x) @ changed.T + bias - base_output)
-    assert np.abs(f(layer.mix(x, w)) - wanted).max() < 1e-12
+            changed = array(layer.lora_magnitude_vector[name].weight)[:, None] / length * changed
+        wanted = wanted + array(w)[..., e : e + 1] * (array(x) @ changed.T + bias - base_output)
+    assert np.abs(array(layer.mix(x, w)) - wanted).max() < 1e-12
 
 
 def test_saved_module_and_bias_mixtures_equal_the_definition(bags, ids):
