@@ -65,6 +65,7 @@ JUDGED_ORDER = (
     "expressing",
     "conversion",
     "inventory",
+    "command_line",
     "cli",
 )
 

@@ -9,6 +9,7 @@ import sys
 import pytest
 
 from dylo_moe import cli
+from dylo_moe.command_line import hyphens
 from harness.specimens import write_base, write_checkpoint
 from harness.specimens.tasks import TASKS, write_task_set
 
@@ -21,7 +22,7 @@ def checkpoint(tmp_path, monkeypatch):
 
 
 def parsed(*words):
-    arguments = cli.build_parser().parse_args([cli._hyphens(word) for word in words])
+    arguments = cli.build_parser().parse_args([hyphens(word) for word in words])
     return {name: value for name, value in vars(arguments).items() if value is not None}
 
 
