@@ -47,6 +47,7 @@ JUDGED_ORDER = (
     "building",
     "loading",
     "atomic",
+    "pages",
     "identity",
     "stopping",
     "prompts",
