@@ -15,6 +15,7 @@ from typing import Any, NoReturn
 from dylo_moe.errors import DyloMoeError
 
 DATASETS = ("humaneval", "mbpp")
+SANDBOXES = ("auto", "bwrap", "none")  # as in scoring
 USER_MISTAKE = 2
 INTERRUPTED = 130
 ASSUME = "what the checkpoint's files do not record: an option of read_checkpoint, as top_k=2 or rng_seed=42; repeatable"
@@ -79,6 +80,9 @@ def add_scoring(parser: argparse.ArgumentParser) -> None:
     group = parser.add_argument_group("scoring")
     group.add_argument("--samples", help="a sample file or directory, instead of --model")
     group.add_argument("--parallel", type=int)
+    group.add_argument(
+        "--sandbox", choices=SANDBOXES, help="for generated code; auto (the default): the best that holds here"
+    )
     for name in ("min-time-limit", "gt-time-limit-factor"):
         group.add_argument(f"--{name}", type=float)
     for name in ("base-only", "i-just-wanna-run", "test-details", "mini", "noextreme"):

@@ -8,9 +8,7 @@ from __future__ import annotations
 import inspect
 import json
 import math
-import sys
 from collections.abc import Mapping
-from functools import cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -22,9 +20,7 @@ if TYPE_CHECKING:
 
 BACKEND = "peft_moe"
 # EvalPlus 0.3.1, codegen.py: its sentences around a task in a chat prompt.
-INSTRUCTION_PREFIX = (
-    "Please provide a self-contained Python script that solves the following problem in a markdown code block:"
-)
+INSTRUCTION_PREFIX = "Please provide a self-contained Python script that solves the following problem in a markdown code block:"
 RESPONSE_PREFIX = (
     "Below is a Python script with a self-contained function that solves the problem and passes corresponding tests:"
 )
@@ -149,6 +145,7 @@ def run_codegen(  # noqa: PLR0913  (EvalPlus's signature, and ours after it)
         raise OptionError(f"n_samples {n_samples}, but should be at least 1")
     from dylo_moe.decoder import adapter_or_artifact
     from dylo_moe.generating import Generation, generate_samples
+
     generation = Generation(
         task_set=load_tasks(dataset, version=version),
         task_range=_checked_range(id_range),
@@ -186,6 +183,8 @@ def evaluate(  # noqa: PLR0913  (EvalPlus's signature)
     mini: bool = False,
     noextreme: bool = False,
     version: str = "default",
+    *,
+    sandbox: str = "auto",
     **model_options: Any,
 ) -> dict[str, Any] | None:
     """EvalPlus's `evaluate`, which returns its result. With any other backend than "peft_moe" it is EvalPlus's own (None).
@@ -195,6 +194,7 @@ def evaluate(  # noqa: PLR0913  (EvalPlus's signature)
         parallel: processes that run code; None for half the processors.
         i_just_wanna_run: score again although results for exactly these samples, tasks and limits are stored.
         min_time_limit: seconds per input at least; None for 4 (EvalPlus's own: 1).
+        sandbox: what generated code runs in: "auto", "bwrap" or "none"; see `scoring.Scorer`.
         model_options: of `run_codegen`. id_range also goes with `samples`, and then only tasks in the range are scored.
 
     Returns:
@@ -208,6 +208,8 @@ def evaluate(  # noqa: PLR0913  (EvalPlus's signature)
     if generates and "model" not in model_options:
         raise OptionError("evaluate needs either samples, or a model and the options of its generation")
     if generates and model_options.get("backend") != BACKEND:
+        if given.pop("sandbox") != "auto":
+            raise OptionError(f"sandbox: an option of the backend {BACKEND}, but the backend is {model_options.get('backend')}")
         return _stock_evaluate(**{**given.pop("model_options"), **given})
     id_range = _checked_range(model_options.get("id_range"))
     if generates == (samples is not None):
@@ -215,31 +217,27 @@ def evaluate(  # noqa: PLR0913  (EvalPlus's signature)
     if generates:
         samples = _generate(dataset, version, model_options)
     from dylo_moe import results
-    from dylo_moe.scoring import MIN_TIME_LIMIT, Limits
+    from dylo_moe.scoring import MIN_TIME_LIMIT, SANDBOXES, Limits, Scorer
 
     task_set = load_tasks(dataset, version=version, mini=mini, noextreme=noextreme)
     limit = MIN_TIME_LIMIT if min_time_limit is None else min_time_limit
+    if sandbox not in SANDBOXES:
+        raise OptionError(f"sandbox {sandbox!r}, but should be one of {', '.join(SANDBOXES)}")
     for what, value in {"min_time_limit": limit, "gt_time_limit_factor": gt_time_limit_factor}.items():
         if not 0 < value < math.inf:
             raise OptionError(f"{what} {value}, but should be above 0")
     limits = Limits(base_only, test_details, limit, gt_time_limit_factor)
     wanted = results.read_samples(Path(samples), task_set, task_set.ids(id_range))
-    bound = results.binding(task_set, wanted, limits)
+    bound = results.binding(task_set, wanted, limits, sandbox=sandbox)
     place = results.result_path(Path(samples))
     result = None if i_just_wanna_run else results.stored(place, bound)
     if result is None:
-        result = _score(task_set, wanted, limits, parallel, bound)
+        with Scorer(task_set, limits, parallel=parallel, sandbox=sandbox) as scorer:
+            scorer.calibrate(dict.fromkeys(sample.task_id for sample in wanted))
+            result = results.summarise(task_set, scorer.score(wanted), limits, bound, sandbox=scorer.sandbox)
         _write(place, result)
     _print(dataset, result)
     return result
-
-
-def _score(task_set: Any, samples: list, limits: Any, parallel: int | None, bound: dict[str, Any]) -> dict[str, Any]:
-    from dylo_moe import results
-    from dylo_moe.scoring import score
-
-    _say_unsandboxed()
-    return results.summarise(task_set, score(task_set, samples, limits, parallel=parallel), limits, bound)
 
 
 def _write(place: Path, result: dict[str, Any]) -> None:
@@ -288,12 +286,6 @@ def _checked_range(id_range: Any) -> tuple[int, int] | None:
     if len(values) != 2 or not all(isinstance(v, int) for v in values) or values[0] >= values[1]:
         raise OptionError(f"id_range {id_range!r}, but should be two numbers, the first lower: tasks low to high - 1")
     return values[0], values[1]
-
-
-@cache
-def _say_unsandboxed() -> None:
-    """Once per process."""
-    print("Generated code runs under EvalPlus's guard, which is no sandbox: use a machine that may be lost.", file=sys.stderr)
 
 
 def _print(dataset: str, result: dict[str, Any]) -> None:

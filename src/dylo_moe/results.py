@@ -75,8 +75,11 @@ def result_path(samples: Path) -> Path:
     return samples.with_name(samples.name.removesuffix(".jsonl") + "_eval_results.json")
 
 
-def binding(task_set: TaskSet, samples: list[Sample], limits: Limits) -> dict[str, Any]:
-    """What the results depend on; stored results are used again only if they agree with all of it."""
+def binding(task_set: TaskSet, samples: list[Sample], limits: Limits, *, sandbox: str = "auto") -> dict[str, Any]:
+    """What the results depend on; stored results are used again only if they agree with all of it.
+
+    sandbox: the one asked for. Results from without a sandbox are not used where one is wanted.
+    """
     content = json.dumps([[s.task_id, s.solution] for s in samples])
     return {
         "schema": SCHEMA,
@@ -84,6 +87,7 @@ def binding(task_set: TaskSet, samples: list[Sample], limits: Limits) -> dict[st
         "dataset_hash": task_set.hash,
         "samples_hash": hashlib.sha256(content.encode()).hexdigest(),
         "limits": asdict(limits),
+        "sandboxed": sandbox != "none",
         "versions": {name: versions()[name] for name in ("dylo-moe", "evalplus")},
     }
 
@@ -97,12 +101,19 @@ def stored(path: Path, bound: dict[str, Any]) -> dict[str, Any] | None:
     return results if isinstance(results, dict) and results.get("binding") == bound else None
 
 
-def summarise(task_set: TaskSet, scores: list[Score], limits: Limits, bound: dict[str, Any]) -> dict[str, Any]:
+def summarise(
+    task_set: TaskSet, scores: list[Score], limits: Limits, bound: dict[str, Any], *, sandbox: str | None = None
+) -> dict[str, Any]:
     """The whole result, ready for JSON.
+
+    Args:
+        bound: of `binding`.
+        sandbox: the level that generated code ran in, `Scorer.sandbox`.
 
     Returns:
         "pass@k": by all tests that ran; "base" and "plus" (None with base_only): pass@k by part, as EvalPlus reports them;
         "stock": the same with EvalPlus's own statuses; "differences": samples whose status differs, and why;
+        "sandbox": the level that generated code ran in;
         "eval": per task and sample, with EvalPlus's keys; "hash": EvalPlus's hash of the task file.
     """
     by_task: dict[str, list[Score]] = defaultdict(list)
@@ -116,6 +127,7 @@ def summarise(task_set: TaskSet, scores: list[Score], limits: Limits, bound: dic
         "differences": [found for item in scores for found in _differences(item)],
         "tasks": len(by_task),
         "samples": len(scores),
+        "sandbox": sandbox,
         "measured_alone": sum(item.measured_alone for item in scores),
         "binding": bound,
         "date": datetime.now(UTC).strftime("%Y-%m-%d %H:%M"),

@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import os
+import sys
 from collections import defaultdict
 from collections.abc import Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
+from functools import cache
 from typing import Any
 
-from dylo_moe.errors import ScoringError
+from dylo_moe.errors import OptionError, ScoringError
 from dylo_moe.tasks import TaskSet
 from dylo_moe.worker import Worker, WorkerGone
 
@@ -63,28 +65,85 @@ class Score:
         return all(self.parts[part][which] == PASS for part in parts)
 
 
-def score(task_set: TaskSet, samples: Iterable[Sample], limits: Limits, *, parallel: int | None = None) -> list[Score]:
-    """Scores every sample; the result is in the order of the samples.
+SANDBOXES = ("auto", "bwrap", "none")
 
-    Tasks are spread over `parallel` processes. A sample that failed and ran into a time limit is measured again alone when
-    the others are done, so that a loaded machine does not decide.
 
-    Raises:
-        ScoringError: a canonical solution fails, or the scoring process does not start.
+class Scorer:
+    """Scores samples of one task set. Use as a context manager.
+
+    Args:
+        parallel: processes that run code; None for half the processors.
+        sandbox: one of SANDBOXES.
+
+    Attributes:
+        sandbox: the level in use, for the results.
     """
-    samples = list(samples)
-    by_task: dict[str, list[Sample]] = defaultdict(list)
-    for sample in samples:
-        by_task[sample.task_id].append(sample)
-    workers = max(1, min(parallel or (os.cpu_count() or 2) // 2, len(by_task)))
-    shares = [list(by_task.values())[i::workers] for i in range(workers)]
-    with ThreadPoolExecutor(workers) as pool:
-        scored = [s for part in pool.map(lambda share: _score_share(task_set, share, limits), shares) for s in part]
-    results = {(s.sample.task_id, s.sample.index): s for s in scored}
-    slow = [s.sample for s in scored if _ran_out_of_time(s, limits)]
-    for again in _score_share(task_set, [[sample] for sample in slow], limits):
-        results[again.sample.task_id, again.sample.index] = Score(again.sample, again.parts, measured_alone=True)
-    return [results[sample.task_id, sample.index] for sample in samples]
+
+    def __init__(self, task_set: TaskSet, limits: Limits, *, parallel: int | None = None, sandbox: str = "auto") -> None:
+        if sandbox not in SANDBOXES:
+            raise OptionError(f"sandbox {sandbox!r}, but should be one of {', '.join(SANDBOXES)}")
+        self.task_set = task_set
+        self.limits = limits
+        self.sandbox = "none"
+        self._parallel = parallel or (os.cpu_count() or 2) // 2
+
+    def __enter__(self) -> Scorer:
+        _say_unsandboxed()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        pass
+
+    def calibrate(self, task_ids: Iterable[str]) -> None:
+        """Scores the canonical solutions of these tasks as if they were samples.
+
+        Raises:
+            ScoringError: one of them does not pass, so that no score would mean anything. The message names such tasks.
+        """
+        tasks = self.task_set.tasks
+        canonical = [Sample(task, 0, tasks[task]["prompt"] + tasks[task]["canonical_solution"]) for task in task_ids]
+        failed = [found.sample.task_id for found in self.score(canonical) if not found.passed("ours", self.limits.parts)]
+        if failed:
+            names = ", ".join(failed[:8]) + (", ..." if len(failed) > 8 else "")
+            raise ScoringError(f"{self.task_set.path}: canonical solutions fail for {len(failed)} tasks, no score: {names}")
+
+    def score(self, samples: Iterable[Sample]) -> list[Score]:
+        """Scores every sample; the result is in the order of the samples.
+
+        Tasks are spread over processes. A sample that failed and ran into a time limit is measured again alone when the
+        others are done, so that a loaded machine does not decide.
+
+        Raises:
+            ScoringError: a canonical solution fails, or the scoring process does not start.
+        """
+        samples = list(samples)
+        by_task: dict[str, list[Sample]] = defaultdict(list)
+        for sample in samples:
+            by_task[sample.task_id].append(sample)
+        workers = max(1, min(self._parallel, len(by_task)))
+        shares = [list(by_task.values())[i::workers] for i in range(workers)]
+        with ThreadPoolExecutor(workers) as pool:
+            scored = [s for part in pool.map(self._score_share, shares) for s in part]
+        results = {(s.sample.task_id, s.sample.index): s for s in scored}
+        slow = [s.sample for s in scored if _ran_out_of_time(s, self.limits)]
+        for again in self._score_share([[sample] for sample in slow]):
+            results[again.sample.task_id, again.sample.index] = Score(again.sample, again.parts, measured_alone=True)
+        return [results[sample.task_id, sample.index] for sample in samples]
+
+    def _score_share(self, groups: Iterable[list[Sample]]) -> list[Score]:
+        return _score_share(self.task_set, groups, self.limits)
+
+
+@cache
+def _say_unsandboxed() -> None:
+    """Once per process."""
+    print("Generated code runs under EvalPlus's guard, which is no sandbox: use a machine that may be lost.", file=sys.stderr)
+
+
+def score(task_set: TaskSet, samples: Iterable[Sample], limits: Limits, *, parallel: int | None = None) -> list[Score]:
+    """`Scorer.score`, once."""
+    with Scorer(task_set, limits, parallel=parallel) as scorer:
+        return scorer.score(samples)
 
 
 def _score_share(task_set: TaskSet, groups: Iterable[list[Sample]], limits: Limits) -> list[Score]:
