@@ -2,44 +2,34 @@
 
 Beside each other in one directory, with one stem that ends in the hash of the run's identity:
 
-    STEM.journal      one line per sample, "<checksum> <JSON>"; the first line is the identity; only ever appended to
+    STEM.journal      one checked line per sample, after the identity (journal.py); only ever added to
     STEM.jsonl        {"task_id", "solution"}, sanitized: what EvalPlus's `evaluate` takes
     STEM.raw.jsonl    the same before sanitizing
     STEM.json         the identity, versions, and notes on samples
     STEM.lock         held while somebody writes
 
-The last four are made from the journal, each in one step.
+The three in the middle are made from the journal, each in one step. A shard's files are STEM.shard-1-of-4.journal and so on.
 """
 
 from __future__ import annotations
 
-import hashlib
+import contextlib
 import json
 import re
 from collections.abc import Iterable
-from dataclasses import asdict, dataclass
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
 from filelock import FileLock, Timeout
 
-from dylo_moe.atomic import flush_to_disk, write_atomically
+from dylo_moe.atomic import flush_to_disk, remove_leftovers, write_atomically
 from dylo_moe.errors import SampleFileError
 from dylo_moe.identity import identity_hash
+from dylo_moe.journal import Content, Plan, Record, plan_line, read_journal
+from dylo_moe.journal_lines import checked_line
 
 _LABEL_LENGTH = 80
-_CHECKSUM_LENGTH = 16
-
-
-@dataclass(frozen=True)
-class Record:
-    """One sample. index counts a task's samples from 0; note is empty, or says why `solution` is not sanitized."""
-
-    task_id: str
-    index: int
-    solution: str
-    raw: str
-    note: str = ""
 
 
 def sample_stem(label: str, parts: Iterable[str], identity: dict[str, Any]) -> str:
@@ -57,20 +47,30 @@ class SampleJournal:
         stem: from `sample_stem`.
         identity: of the run; a journal of another identity is refused.
         resume: False forgets what is there.
+        shard: (i, n), 0 <= i < n, where these are the samples of one shard only.
 
     Raises:
         SampleFileError: another process is writing; another identity; damage anywhere but at the end.
+        OSError: the directory cannot be written.
     """
 
-    def __init__(self, directory: Path, stem: str, identity: dict[str, Any], *, resume: bool = True) -> None:
-        self.path = directory / f"{stem}.journal"
-        self.jsonl = directory / f"{stem}.jsonl"
-        self.raw_jsonl = directory / f"{stem}.raw.jsonl"
-        self.manifest = directory / f"{stem}.json"
-        self.identity = identity
+    def __init__(
+        self,
+        directory: Path,
+        stem: str,
+        identity: dict[str, Any],
+        *,
+        resume: bool = True,
+        shard: tuple[int, int] | None = None,
+    ) -> None:
+        name = stem if shard is None else f"{stem}.shard-{shard[0] + 1}-of-{shard[1]}"
+        self.path = directory / f"{name}.journal"
+        self.jsonl = directory / f"{name}.jsonl"
+        self.raw_jsonl = directory / f"{name}.raw.jsonl"
+        self.manifest = directory / f"{name}.json"
         self.resume = resume
-        self.records: dict[str, list[Record]] = {}
-        self._lock = FileLock(directory / f"{stem}.lock")
+        self._content = Content(identity, shard)
+        self._lock = FileLock(directory / f"{name}.lock")
 
     def __enter__(self) -> SampleJournal:
         self.path.parent.mkdir(parents=True, exist_ok=True)
@@ -78,10 +78,14 @@ class SampleJournal:
             self._lock.acquire(timeout=0)
         except Timeout:
             raise SampleFileError(f"{self.path}: another process is writing these samples; wait for it to end") from None
+        except NotImplementedError:
+            raise SampleFileError(f"{self.path.parent}: a file system without locks; use one that has them") from None
         try:
-            if not (self.resume and self.path.exists() and self._read()):
-                write_atomically(self.path, _line({"identity": self.identity}))
-            self._file = self.path.open("ab")
+            for path in (self.path, self.jsonl, self.raw_jsonl, self.manifest):
+                remove_leftovers(path)
+            self._good = self._read() or self._begin()
+            self._file = self.path.open("r+b", buffering=0)
+            self._file.truncate(self._good)
         except BaseException:
             self._lock.release()
             raise
@@ -91,96 +95,106 @@ class SampleJournal:
         self._file.close()
         self._lock.release()
 
+    @property
+    def records(self) -> dict[str, dict[int, Record]]:
+        """Task id -> index -> sample."""
+        return self._content.records
+
     def count(self, task_id: str) -> int:
         """How many samples of a task there are."""
         return len(self.records.get(task_id, ()))
 
+    def missing(self, task_id: str, n_samples: int) -> list[int]:
+        """The indices below `n_samples` of which there is no sample of this task, in order."""
+        return self._content.missing(task_id, n_samples)
+
     def append(self, records: Iterable[Record]) -> None:
-        """Adds samples of one task and returns when they are on the disk.
+        """Adds samples, of any tasks and in any order, and returns when they are on the disk.
 
         Raises:
-            SampleFileError: an index that is not the next one.
+            SampleFileError: a sample is there already, or is there twice, or the disk takes no more; then none was added.
         """
         records = list(records)
+        seen: set[tuple[str, int]] = set()
         for record in records:
-            self._remember(record)
-        self._file.write(b"".join(_line(asdict(record)) for record in records))
-        self._file.flush()
-        flush_to_disk(self._file.fileno())
+            key = (record.task_id, record.index)
+            if key in seen or record.index in self.records.get(record.task_id, {}):
+                raise SampleFileError(f"{self.path}: sample {record.index} of {record.task_id} for the second time")
+            seen.add(key)
+        self._write(b"".join(checked_line(asdict(record)) for record in records))
+        for record in records:
+            self._content.add(record, self.path)
 
-    def export(self, task_order: Iterable[str], n_samples: int, versions: dict[str, str]) -> Path:
-        """Writes the files made from the journal: at most `n_samples` of each task, tasks in the given order.
+    def export(self, task_order: Iterable[str], n_samples: int, versions: dict[str, str], *, chosen: Iterable[str] = ()) -> Path:
+        """Writes the files made from the journal: the first `n_samples` of each task, as far as they are there without a gap.
+
+        Args:
+            task_order: all tasks of the data set, in the order of its file.
+            chosen: the tasks that the run was asked for (all shards together). Those of this journal must be complete.
 
         Returns:
             The path of STEM.jsonl.
+
+        Raises:
+            SampleFileError: a chosen task lacks samples.
+            OSError: a file cannot be written; the files before are whole, this one is as it was.
         """
-        chosen = [record for task in task_order for record in self.records.get(task, ())[:n_samples]]
-        about = {"identity": self.identity, "n_samples": n_samples, "versions": versions}
-        notes = [{"task_id": r.task_id, "index": r.index, "note": r.note} for r in chosen if r.note]
-        write_atomically(self.raw_jsonl, _jsonl((r.task_id, r.raw) for r in chosen))
+        plan = Plan(tuple(task_order), tuple(chosen), n_samples, versions)
+        self._require(plan)
+        shown = [record for task in plan.order for record in self._first(task, n_samples)]
+        about = {"identity": self._content.identity, "n_samples": n_samples, "versions": versions}
+        notes = [{"task_id": r.task_id, "index": r.index, "note": r.note} for r in shown if r.note]
+        if self._content.shard is not None and self._content.plan != plan:
+            self._write(plan_line(plan))
+            self._content.plan = plan
+        write_atomically(self.raw_jsonl, _jsonl((r.task_id, r.raw) for r in shown))
         write_atomically(self.manifest, json.dumps({**about, "notes": notes}, indent=1, sort_keys=True).encode() + b"\n")
-        write_atomically(self.jsonl, _jsonl((r.task_id, r.solution) for r in chosen))
+        write_atomically(self.jsonl, _jsonl((r.task_id, r.solution) for r in shown))
         return self.jsonl
 
-    def _remember(self, record: Record) -> None:
-        if record.index != self.count(record.task_id):
+    def _require(self, plan: Plan) -> None:
+        for task in plan.part(self._content.shard):
+            if gaps := self.missing(task, plan.n_samples):
+                raise SampleFileError(f"{self.path}: sample {gaps[0]} of {task} is missing, so it is not complete yet")
+
+    def _first(self, task_id: str, n_samples: int) -> list[Record]:
+        """A task's samples before the first gap: their place in the file is their index."""
+        gaps = self.missing(task_id, n_samples)
+        return [self.records[task_id][index] for index in range(gaps[0] if gaps else n_samples)]
+
+    def _write(self, data: bytes) -> None:
+        """Puts whole lines behind those that are there, or nothing."""
+        try:
+            self._file.seek(self._good)
+            rest = memoryview(data)
+            while rest:
+                rest = rest[self._file.write(rest) :]
+            flush_to_disk(self._file.fileno())
+        except OSError as error:
+            with contextlib.suppress(OSError):  # reading drops it too
+                self._file.truncate(self._good)
             raise SampleFileError(
-                f"{self.path}: sample {record.index} of {record.task_id} after {self.count(record.task_id)} samples"
-            )
-        self.records.setdefault(record.task_id, []).append(record)
+                f"{self.path}: {error.strerror}; every sample before is kept: make room, then run the same command again"
+            ) from error
+        self._good += len(data)
 
-    def _read(self) -> bool:
-        """Reads the journal and cuts off a torn end; False if not even the identity is whole."""
-        content = self.path.read_bytes()
-        payloads, good = _whole_lines(content, self.path)
-        if not payloads:
-            return False
-        if payloads[0] != {"identity": self.identity}:
+    def _begin(self) -> int:
+        header = self._content.header()
+        write_atomically(self.path, header)
+        return len(header)
+
+    def _read(self) -> int:
+        """Takes in what is there and returns how many bytes of it are whole lines; 0 to begin anew."""
+        if not (self.resume and self.path.exists()):
+            return 0
+        content, good = read_journal(self.path)
+        if content is None:
+            return 0
+        if content.header() != self._content.header():
             raise SampleFileError(f"{self.path}: samples of another run; move it away, or use resume=False")
-        for payload in payloads[1:]:
-            self._remember(_record(payload, self.path))
-        if good < len(content):
-            with self.path.open("r+b") as file:
-                file.truncate(good)
-                flush_to_disk(file.fileno())
-        return True
-
-
-def _line(payload: dict[str, Any]) -> bytes:
-    text = json.dumps(payload, sort_keys=True).encode()
-    return _checksum(text) + b" " + text + b"\n"
-
-
-def _checksum(text: bytes) -> bytes:
-    return hashlib.sha256(text).hexdigest()[:_CHECKSUM_LENGTH].encode()
+        self._content = content
+        return good
 
 
 def _jsonl(pairs: Iterable[tuple[str, str]]) -> bytes:
     return "".join(json.dumps({"task_id": task, "solution": text}) + "\n" for task, text in pairs).encode()
-
-
-def _whole_lines(content: bytes, path: Path) -> tuple[list[dict[str, Any]], int]:
-    """The lines before the first one that is not whole, and how many bytes they take.
-
-    Raises:
-        SampleFileError: a whole line follows a broken one, which no interrupted write leaves behind.
-    """
-    payloads: list[dict[str, Any]] = []
-    good, broken = 0, False
-    for line in content.splitlines(keepends=True):
-        checksum, _, text = line.rstrip(b"\n").partition(b" ")
-        if not (line.endswith(b"\n") and checksum == _checksum(text)):
-            broken = True
-        elif broken:
-            raise SampleFileError(f"{path}: damaged after {len(payloads)} lines; move it away, or use resume=False")
-        else:
-            payloads.append(json.loads(text))
-            good += len(line)
-    return payloads, good
-
-
-def _record(payload: dict[str, Any], path: Path) -> Record:
-    try:
-        return Record(**payload)
-    except TypeError:
-        raise SampleFileError(f"{path}: written by another version; move it away, or use resume=False") from None

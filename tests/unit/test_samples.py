@@ -11,7 +11,8 @@ import pytest
 
 from dylo_moe.atomic import write_atomically
 from dylo_moe.errors import SampleFileError
-from dylo_moe.samples import Record, SampleJournal, sample_stem
+from dylo_moe.journal import Record
+from dylo_moe.samples import SampleJournal, sample_stem
 from dylo_moe.sanitizing import Sanitizer
 
 IDENTITY = {"schema": 1, "checkpoint": "abc", "options": {"routing_strategy": "router"}}
@@ -35,11 +36,11 @@ def test_samples_come_back_in_a_later_run(tmp_path):
     with opened(tmp_path) as journal:
         journal.append(records("T/0", 2))
     with opened(tmp_path) as journal:
-        assert journal.records == {"T/0": records("T/0", 2)}
+        assert journal.records == {"T/0": dict(enumerate(records("T/0", 2)))}
         journal.append(records("T/0", 1, first=2))
     with opened(tmp_path) as journal:
-        assert journal.count("T/0") == 3
-        assert journal.count("T/1") == 0
+        assert journal.missing("T/0", 3) == []
+        assert journal.missing("T/1", 2) == [0, 1]
 
 
 def test_every_cut_of_the_last_lines_loses_only_what_was_cut(tmp_path):
@@ -54,8 +55,8 @@ def test_every_cut_of_the_last_lines_loses_only_what_was_cut(tmp_path):
         path.write_bytes(content[:length])
         kept = content[:length].count(b"\n") - 1
         with opened(tmp_path) as journal:
-            assert sum(map(journal.count, ("T/0", "T/1", "T/2"))) == kept
-            missing = [t for t in ("T/1", "T/2") if not journal.count(t)]
+            missing = [t for t in ("T/0", "T/1", "T/2") if journal.missing(t, 1)]
+            assert len(missing) == 3 - kept
             for task in missing:
                 journal.append(records(task, 1))
         assert path.read_bytes() == content
@@ -68,7 +69,7 @@ def test_garbage_at_the_end_is_cut_off(tmp_path, tail):
     content = journal.path.read_bytes()
     journal.path.write_bytes(content + tail)
     with opened(tmp_path) as journal:
-        assert journal.count("T/0") == 1
+        assert journal.missing("T/0", 3) == [1, 2]
     assert journal.path.read_bytes() == content
 
 
@@ -79,7 +80,7 @@ def test_journal_cut_inside_its_first_line_starts_again(tmp_path):
     with opened(tmp_path) as journal:
         journal.append(records("T/0", 1))
     with opened(tmp_path) as journal:
-        assert journal.count("T/0") == 1
+        assert journal.missing("T/0", 3) == [1, 2]
 
 
 def test_damage_before_a_whole_line_is_refused(tmp_path):
@@ -112,10 +113,10 @@ def test_without_resume_earlier_samples_are_forgotten(tmp_path):
     with opened(tmp_path) as journal:
         journal.append(records("T/0", 2))
     with opened(tmp_path, resume=False) as journal:
-        assert journal.count("T/0") == 0
+        assert journal.missing("T/0", 2) == [0, 1]
         journal.append(records("T/0", 1))
     with opened(tmp_path) as journal:
-        assert journal.count("T/0") == 1
+        assert journal.missing("T/0", 3) == [1, 2]
 
 
 def test_second_writer_in_another_process_is_refused_in_one_line(tmp_path):
@@ -131,12 +132,63 @@ def test_second_writer_in_another_process_is_refused_in_one_line(tmp_path):
         assert "another process is writing" in said and said.count("\n") == 1
         journal.append(records("T/0", 1))
     with opened(tmp_path) as journal:
-        assert journal.count("T/0") == 1
+        assert journal.missing("T/0", 3) == [1, 2]
 
 
-def test_sample_out_of_turn_is_refused(tmp_path):
-    with opened(tmp_path) as journal, pytest.raises(SampleFileError, match="sample 1 of T/0 after 0"):
-        journal.append(records("T/0", 1, first=1))
+def test_samples_of_a_task_may_come_in_any_order_and_are_exported_in_that_of_their_index(tmp_path):
+    with opened(tmp_path) as journal:
+        journal.append([*records("T/0", 1, first=2), *records("T/1", 1, first=1), *records("T/0", 1)])
+        assert journal.missing("T/0", 4) == [1, 3]
+    with opened(tmp_path) as journal:
+        journal.append([*records("T/1", 1), *records("T/0", 1, first=1)])
+        path = journal.export(["T/0", "T/1"], 3, VERSIONS)
+    assert rows(path) == [(r.task_id, r.solution) for r in records("T/0", 3) + records("T/1", 2)]
+
+
+def test_sample_that_is_there_already_is_refused_and_nothing_is_written(tmp_path):
+    with opened(tmp_path) as journal:
+        journal.append(records("T/0", 2))
+        before = journal.path.read_bytes()
+        for again in (records("T/0", 1, first=1), records("T/1", 1) * 2, records("T/0", 3)):
+            with pytest.raises(SampleFileError, match="sample . of T/. for the second time"):
+                journal.append(again)
+        assert journal.path.read_bytes() == before
+        journal.append(records("T/1", 1))
+
+
+def test_sample_twice_in_the_journal_is_refused(tmp_path):
+    with opened(tmp_path) as journal:
+        journal.append(records("T/0", 2))
+    lines = journal.path.read_bytes().splitlines(keepends=True)
+    journal.path.write_bytes(b"".join([*lines, lines[-1]]))
+    with pytest.raises(SampleFileError, match="sample 1 of T/0 for the second time"):
+        opened(tmp_path).__enter__()
+
+
+def test_samples_behind_a_gap_are_not_exported(tmp_path):
+    with opened(tmp_path) as journal:
+        journal.append([*records("T/0", 1), *records("T/0", 1, first=2), *records("T/1", 1, first=1)])
+        assert rows(journal.export(["T/0", "T/1"], 3, VERSIONS)) == [("T/0", records("T/0", 1)[0].solution)]
+
+
+def test_gap_in_a_chosen_task_is_refused(tmp_path):
+    with opened(tmp_path) as journal:
+        journal.append([*records("T/0", 3), *records("T/1", 1), *records("T/1", 1, first=2)])
+        with pytest.raises(SampleFileError, match="sample 1 of T/1 is missing"):
+            journal.export(["T/0", "T/1"], 3, VERSIONS, chosen=["T/0", "T/1"])
+        assert not journal.jsonl.exists()
+        journal.export(["T/0", "T/1"], 3, VERSIONS, chosen=["T/0"])
+
+
+def test_whole_run_and_its_shards_have_files_of_their_own(tmp_path):
+    with opened(tmp_path) as whole, opened(tmp_path, shard=(0, 2)) as first, opened(tmp_path, shard=(1, 2)) as second:
+        assert len({whole.path, first.path, second.path}) == 3
+        assert second.path.name == whole.path.stem + ".shard-2-of-2.journal"
+        second.append(records("T/1", 1))
+        assert second.export(["T/0", "T/1"], 1, VERSIONS, chosen=["T/0", "T/1"]).name == second.path.stem + ".jsonl"
+    second.path.rename(first.path)
+    with pytest.raises(SampleFileError, match="another run"):
+        opened(tmp_path, shard=(0, 2)).__enter__()
 
 
 def test_exported_files_hold_the_asked_number_in_task_order(tmp_path):
@@ -159,10 +211,29 @@ def test_replaced_file_is_whole_and_leaves_nothing_beside_it(tmp_path):
     assert os.listdir(tmp_path) == ["file"]
 
 
+def test_bytes_are_on_the_disk_before_the_file_takes_its_name(tmp_path, monkeypatch):
+    flushed = []
+    flush = os.fsync
+    monkeypatch.setattr(os, "fsync", lambda file: (flushed.append(os.fstat(file).st_size), flush(file)))
+    write_atomically(tmp_path / "file", b"new")
+    assert flushed[0] == 3 and len(flushed) == 2  # the file, then its directory
+
+
+def test_what_killed_processes_left_is_removed(tmp_path):
+    with opened(tmp_path) as journal:
+        pass
+    for path in (journal.path, journal.jsonl):
+        path.with_name(f".{path.name}.123.tmp").write_bytes(b"half")
+    other = tmp_path / ".other.jsonl.123.tmp"
+    other.write_bytes(b"half")
+    with opened(tmp_path):
+        assert [path.name for path in tmp_path.glob(".*.tmp")] == [other.name]
+
+
 def test_file_that_cannot_be_replaced_keeps_its_content(tmp_path):
     place = tmp_path / "directory"
     (place / "content").mkdir(parents=True)
-    with pytest.raises(OSError):
+    with pytest.raises(OSError, match=str(place)):
         write_atomically(place, b"new")
     assert os.listdir(tmp_path) == ["directory"]
 
