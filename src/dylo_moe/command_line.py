@@ -64,7 +64,7 @@ def add_generation(parser: argparse.ArgumentParser, *, model_required: bool) -> 
     group.add_argument("--backend", help="peft_moe (the default), or one of EvalPlus's")
     for name in ("root", "version", "attn-implementation", "dtype", "base-url", "base-model", "adapter-path"):
         group.add_argument(f"--{name}")
-    group.add_argument("--routing-strategy", help="router, single:<i>, best, ensemble or round_robin")
+    group.add_argument("--routing-strategy", help="router, single:<i>, best, ensemble, round_robin or base")
     group.add_argument("--wandb-artifact", help="entity/project/name:version to download; --model is then only a label")
     for name in ("bs", "n-samples", "tp", "max-new-tokens", "seed"):
         group.add_argument(f"--{name}", type=int)

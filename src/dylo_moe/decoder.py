@@ -36,7 +36,7 @@ class PeftMoEDecoder(DecoderBase):
         dataset: "humaneval" or "mbpp", which decides the stop strings of base prompts.
         base_model: as in `load_checkpoint`; None takes what the checkpoint records.
         adapter_path: the checkpoint's directory.
-        routing_strategy: "router", "single:<i>", "best", "ensemble" or "round_robin"; a merged checkpoint has only "router".
+        routing_strategy: "router", "single:<i>", "best", "ensemble", "round_robin" or "base"; a merged one has "router" only.
         wandb_artifact: "entity/project/name:version", downloaded as by `download_artifact` and used as its directory.
         force_base_prompt: give the model the bare prompt although its tokenizer has a chat template.
         attn_implementation, device_map, dtype, trust_remote_code: as in `load_checkpoint`; without a device_map the model
@@ -102,7 +102,7 @@ class PeftMoEDecoder(DecoderBase):
         self.base_model_name = str(base_model or checkpoint.base_model or checkpoint.path)
         self.device = next(self.model.parameters()).device
         self.tokenizer = _load_tokenizer(self.model, base_model, trust_remote_code)
-        self._check_strategy()
+        check_strategy(routing_strategy, *_experts_and_router(self.model))
         self.eos = stop_strings(dataset, direct_completion=self.is_direct_completion())
 
     def is_direct_completion(self) -> bool:
@@ -190,14 +190,17 @@ class PeftMoEDecoder(DecoderBase):
         ends |= {self.tokenizer.eos_token_id, *(added.get(stop) for stop in self.eos)}
         return ends - {None}
 
-    def _check_strategy(self) -> None:
-        if isinstance(self.model, DyLoRA_MoE):
-            has_router = self.model.router is not None
-            parse_strategy(self.routing_strategy, self.model.num_experts, has_router=has_router)
-        elif self.routing_strategy != "router":
-            raise UnknownStrategy(
-                f"routing strategy {self.routing_strategy!r}, but a merged model has no experts to choose from: only 'router'"
-            )
+
+def check_strategy(strategy: str, num_experts: int, has_router: bool) -> None:
+    """Raises UnknownStrategy unless a model with so many experts (0: a merged model) can run the strategy."""
+    if num_experts:
+        parse_strategy(strategy, num_experts, has_router=has_router)
+    elif strategy != "router":
+        raise UnknownStrategy(f"routing strategy {strategy!r}, but a merged model has no experts to choose from: only 'router'")
+
+
+def _experts_and_router(model: nn.Module) -> tuple[int, bool]:
+    return (model.num_experts, model.router is not None) if isinstance(model, DyLoRA_MoE) else (0, True)
 
 
 def sample_seed(seed: int, prompt: str, index: int) -> int:

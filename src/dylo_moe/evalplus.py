@@ -138,7 +138,7 @@ def run_codegen(  # noqa: PLR0913  (EvalPlus's signature, and ours after it)
     if evalperf_type is not None or not jsonl_fmt:
         raise OptionError(f"{BACKEND} has no evalperf_type, and writes JSON lines only")
     if greedy:
-        temperature, n_samples = 0.0, n_samples if routing_strategy == "round_robin" else 1
+        temperature = 0.0
     elif temperature == 0:
         raise OptionError("temperature 0 is greedy decoding: add greedy, or set a temperature above 0")
     if n_samples < 1:
@@ -153,7 +153,7 @@ def run_codegen(  # noqa: PLR0913  (EvalPlus's signature, and ours after it)
         greedy=greedy,
         resume=resume,
         decoder={
-            **ours,
+            **{name: value for name, value in ours.items() if name != "routing_strategy"},
             "adapter_path": adapter_or_artifact(adapter_path, wandb_artifact),  # once, here
             "wandb_artifact": None,
             "name": str(model),
@@ -167,8 +167,9 @@ def run_codegen(  # noqa: PLR0913  (EvalPlus's signature, and ours after it)
             "trust_remote_code": trust_remote_code,
             "dtype": dtype,
         },
+        strategies=(routing_strategy,),
     )
-    return str(generate_samples(generation, Path(root) / dataset))
+    return str(generate_samples(generation, Path(root) / dataset)[routing_strategy])
 
 
 def evaluate(  # noqa: PLR0913  (EvalPlus's signature)

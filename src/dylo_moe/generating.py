@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -9,11 +10,12 @@ from typing import Any
 import torch
 from evalplus.utils import progress
 
-from dylo_moe.decoder import PeftMoEDecoder
+from dylo_moe.decoder import PeftMoEDecoder, check_strategy
 from dylo_moe.formats import Checkpoint, read_checkpoint
 from dylo_moe.formats.base import resolve_base
 from dylo_moe.identity import SCHEMA, checkpoint_identity, local_directory, versions
-from dylo_moe.samples import Record, SampleJournal, sample_stem
+from dylo_moe.journal import Record
+from dylo_moe.samples import SampleJournal, sample_stem
 from dylo_moe.sanitizing import Sanitizer
 from dylo_moe.tasks import TaskSet
 
@@ -23,7 +25,15 @@ _NOT_IDENTITY = ("name", "adapter_path", "base_model", "batch_size", "device_map
 
 @dataclass(frozen=True)
 class Generation:
-    """What to generate. decoder: keyword arguments of PeftMoEDecoder; task_range: numbers [low, high), or None for all."""
+    """What to generate.
+
+    Attributes:
+        task_range: numbers [low, high), or None for all.
+        n_samples: of each task and strategy; greedy strategies but "round_robin" have one, whatever this says.
+        decoder: keyword arguments of PeftMoEDecoder, without routing_strategy.
+        strategies: as `routing_strategy` of PeftMoEDecoder, each once; all of them run on one loaded model.
+        shard: (i, n): of the chosen tasks only those whose position in the list is i mod n; None for all.
+    """
 
     task_set: TaskSet
     task_range: tuple[int, int] | None
@@ -31,33 +41,51 @@ class Generation:
     greedy: bool
     resume: bool
     decoder: dict[str, Any]
+    strategies: tuple[str, ...] = ("router",)
+    shard: tuple[int, int] | None = None
 
     @property
     def checkpoint(self) -> Path:
         return Path(self.decoder["adapter_path"] or self.decoder["name"])
 
+    def task_ids(self) -> list[str]:
+        """The chosen tasks of this shard, in the order of the task file; a shard may have none."""
+        index, count = self.shard or (0, 1)
+        return self.task_set.ids(self.task_range)[index::count]
 
-def generate_samples(generation: Generation, directory: Path) -> Path:
-    """Completes the samples in `directory` and returns the path of the sample file. The model is loaded only if any are missing.
+    def samples_of(self, strategy: str) -> int:
+        return 1 if self.greedy and strategy != "round_robin" else self.n_samples
+
+
+def generate_samples(generation: Generation, directory: Path) -> dict[str, Path]:
+    """Completes the samples in `directory`. The model is loaded once for all strategies, and only if samples are missing.
+
+    Returns:
+        strategy -> the path of its sample file.
 
     Raises:
         CheckpointError, OptionError, UnknownStrategy, PromptError, SampleFileError: one line each.
     """
     checkpoint = read_checkpoint(generation.checkpoint, **(generation.decoder["assume"] or {}))
+    for strategy in generation.strategies:
+        check_strategy(strategy, len(checkpoint.experts), has_router=checkpoint.router is not None)
     base = _base(checkpoint, generation.decoder["base_model"])
     decoder = None
     if base is not None and local_directory(base) is None:  # not fetched yet, so it cannot be hashed yet
-        decoder = PeftMoEDecoder(**generation.decoder)
-    identity = run_identity(generation, checkpoint, base)
-    task_ids = generation.task_set.ids(generation.task_range)
-    with SampleJournal(directory, _stem(generation, identity), identity, resume=generation.resume) as journal:
-        missing = [task for task in task_ids if journal.count(task) < generation.n_samples]
-        if missing:
-            _fill(generation, journal, missing, decoder or PeftMoEDecoder(**generation.decoder))
-        return journal.export(generation.task_set.tasks, generation.n_samples, versions())
+        decoder = _load(generation)
+    with ExitStack() as stack:
+        journals = {}
+        for strategy in generation.strategies:
+            identity = run_identity(generation, strategy, checkpoint, base)
+            journal = SampleJournal(directory, _stem(generation, strategy, identity), identity, resume=generation.resume)
+            journals[strategy] = stack.enter_context(journal)
+        if any(_missing(generation, strategy, journal) for strategy, journal in journals.items()):
+            _fill(generation, journals, decoder or _load(generation))
+        tasks = generation.task_set.tasks
+        return {s: journal.export(tasks, generation.samples_of(s), versions()) for s, journal in journals.items()}
 
 
-def run_identity(generation: Generation, checkpoint: Checkpoint, base: str | Path | None) -> dict[str, Any]:
+def run_identity(generation: Generation, strategy: str, checkpoint: Checkpoint, base: str | Path | None) -> dict[str, Any]:
     """Everything that decides the samples; see identity.py. The device's kind is part of it: its arithmetic differs."""
     options = {name: value for name, value in generation.decoder.items() if name not in _NOT_IDENTITY}
     return {
@@ -67,9 +95,13 @@ def run_identity(generation: Generation, checkpoint: Checkpoint, base: str | Pat
         "greedy": generation.greedy,
         "device": "cuda" if torch.cuda.is_available() else "cpu",
         "device_map": str(generation.decoder["device_map"]),
-        "options": options,
+        "options": {**options, "routing_strategy": strategy},
         "versions": versions(),
     }
+
+
+def _load(generation: Generation) -> PeftMoEDecoder:
+    return PeftMoEDecoder(**generation.decoder, routing_strategy=generation.strategies[0])
 
 
 def _base(checkpoint: Checkpoint, given: str | None) -> str | Path | None:
@@ -81,30 +113,41 @@ def _base(checkpoint: Checkpoint, given: str | None) -> str | Path | None:
     return resolve_base(checkpoint.base_model, given, checkpoint=checkpoint.path)
 
 
-def _stem(generation: Generation, identity: dict[str, Any]) -> str:
-    options = generation.decoder
-    label = options["name"].strip("./")
-    return sample_stem(label, [options["routing_strategy"], "peft_moe", f"temp_{options['temperature']:g}"], identity)
+def _stem(generation: Generation, strategy: str, identity: dict[str, Any]) -> str:
+    label = generation.decoder["name"].strip("./")
+    return sample_stem(label, [strategy, "peft_moe", f"temp_{generation.decoder['temperature']:g}"], identity)
 
 
-def _fill(generation: Generation, journal: SampleJournal, missing: list[str], decoder: PeftMoEDecoder) -> None:
+def _missing(generation: Generation, strategy: str, journal: SampleJournal) -> list[str]:
+    wanted = generation.samples_of(strategy)
+    return [task for task in generation.task_ids() if journal.count(task) < wanted]
+
+
+def _fill(generation: Generation, journals: dict[str, SampleJournal], decoder: PeftMoEDecoder) -> None:
     with Sanitizer() as sanitizer, progress(generation.task_set.dataset) as bar:
-        for task_id in bar.track(missing):
-            task = generation.task_set.tasks[task_id]
-            prompt = task["prompt"].strip() + "\n"
-            have = journal.count(task_id)
-            texts = decoder.codegen(
-                prompt,
-                do_sample=not generation.greedy,
-                num_samples=generation.n_samples - have,
-                first_sample=have,
-            )
-            raw = [prompt + text if decoder.is_direct_completion() else text for text in texts]
-            clean = [sanitizer(text, task["entry_point"]) for text in raw]
-            journal.append(
-                Record(task_id, have + i, solution, text, note)
-                for i, (text, (solution, note)) in enumerate(zip(raw, clean, strict=True))
-            )
-            for index, (_, note) in enumerate(clean, start=have):
-                if note:
+        for strategy, journal in journals.items():
+            decoder.routing_strategy = strategy
+            for task_id in bar.track(_missing(generation, strategy, journal), description=strategy):
+                notes = _fill_task(generation, task_id, journal, decoder, sanitizer)
+                for index, note in notes:
                     bar.console.print(f"{task_id} sample {index}: {note}")
+
+
+def _fill_task(
+    generation: Generation, task_id: str, journal: SampleJournal, decoder: PeftMoEDecoder, sanitizer: Sanitizer
+) -> list[tuple[int, str]]:
+    task = generation.task_set.tasks[task_id]
+    prompt = task["prompt"].strip() + "\n"
+    have = journal.count(task_id)
+    texts = decoder.codegen(
+        prompt,
+        do_sample=not generation.greedy,
+        num_samples=generation.samples_of(decoder.routing_strategy) - have,
+        first_sample=have,
+    )
+    raw = [prompt + text if decoder.is_direct_completion() else text for text in texts]
+    clean = [sanitizer(text, task["entry_point"]) for text in raw]
+    journal.append(
+        Record(task_id, have + i, solution, text, note) for i, (text, (solution, note)) in enumerate(zip(raw, clean, strict=True))
+    )
+    return [(index, note) for index, (_, note) in enumerate(clean, start=have) if note]

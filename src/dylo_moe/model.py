@@ -188,7 +188,7 @@ class DyLoRA_MoE(nn.Module):
 
         Args:
             inputs: token ids (batch, seq); also accepted as `input_ids`.
-            strategy: "router", "single:<i>", "best", "ensemble" or "round_robin".
+            strategy: "router", "single:<i>", "best", "ensemble", "round_robin", or "base" (every adapter off).
             routing_weights: (experts,) or (batch, experts), fixed for all tokens; instead of a strategy.
             expert_id: one id or (batch,) ids; instead of a strategy.
             first_sample: index of the first returned row, for "round_robin": row b uses expert (first_sample + b) % E.

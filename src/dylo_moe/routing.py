@@ -5,6 +5,7 @@ from __future__ import annotations
 import inspect
 from collections.abc import Iterator
 from contextlib import contextmanager
+from enum import Enum
 from typing import Any
 
 import torch
@@ -19,6 +20,16 @@ from dylo_moe.routed import Mixture, Route, RoutedCheckpoint
 # What only the full model understands; the decoder below its head gets the rest.
 _HEAD_ARGUMENTS = ("labels", "logits_to_keep", "num_items_in_batch", "return_dict")
 _RECORDING_ARGUMENTS = ("output_hidden_states", "output_attentions", "output_router_logits")
+
+
+class Off(Enum):
+    """A route to force: no adapter at all, not even the shared one. (None leaves the choice to the router.)"""
+
+    ADAPTERS = "adapters off"
+
+
+ADAPTERS_OFF = Off.ADAPTERS
+Forced = int | Tensor | Off | None
 
 
 class Routing:
@@ -60,8 +71,8 @@ class Routing:
                 module._gradient_checkpointing_func = function.checkpoint
 
     @contextmanager
-    def forcing(self, route: int | Tensor | None) -> Iterator[None]:
-        """Every pass inside uses this expert or these weights; None leaves the choice as it was."""
+    def forcing(self, route: Forced) -> Iterator[None]:
+        """Every pass inside uses this expert, these weights or no adapter; None leaves the choice as it was."""
         previous = self.mixture.forced
         self.mixture.forced = previous if route is None else route
         try:
@@ -117,16 +128,18 @@ class Routing:
         if self._routed_by_router and self._recordings:
             self._recordings[-1].append(weights)
 
-    def as_route(self, given: int | Tensor, rows: int, length: int) -> Route:
+    def as_route(self, given: int | Tensor | Off, rows: int, length: int) -> Route:
         """Explicit weights or expert ids as a route.
 
         Args:
-            given: an expert id; (rows,) integer ids, one per row; or weights (E,), (B, E), (B, S|1, E), (B, S|1, L, E).
+            given: ADAPTERS_OFF; an expert id; (rows,) integer ids; or weights (E,), (B, E), (B, S|1, E), (B, S|1, L, E).
                 B is 1, the number of rows, or divides it (generation repeats each prompt for its beams and samples).
 
         Raises:
             UnknownExpert: an id out of range. RoutingError: a shape that does not fit.
         """
+        if given is ADAPTERS_OFF:
+            return None
         if not isinstance(given, Tensor):
             return self.mixture.check_expert(given)
         experts = self.mixture.num_experts
@@ -147,7 +160,9 @@ class Routing:
             )
         return given.to(self.causal_lm.device)
 
-    def _as_weights(self, route: int | Tensor, rows: int, length: int) -> Tensor:
+    def _as_weights(self, route: int | Tensor | None, rows: int, length: int) -> Tensor:
+        if route is None:
+            return torch.zeros(rows, length, self.mixture.num_experts, device=self.causal_lm.device)
         if isinstance(route, int):
             ids = torch.full((rows, length), route, device=self.causal_lm.device)
             return nn.functional.one_hot(ids, self.mixture.num_experts).to(torch.float32)

@@ -1,4 +1,4 @@
-"""The five ways to use the experts of a model while generating."""
+"""The ways to use the experts of a model while generating, and the one to leave them out."""
 
 from __future__ import annotations
 
@@ -11,10 +11,10 @@ from transformers import LogitsProcessorList, PreTrainedModel
 
 from dylo_moe.errors import RoutingError, UnknownStrategy
 from dylo_moe.routed import Mixture
-from dylo_moe.routing import Routing
+from dylo_moe.routing import ADAPTERS_OFF, Forced, Routing
 from dylo_moe.sampling import Draw, warpers_from_options
 
-STRATEGIES = ("router", "single:<i>", "best", "ensemble", "round_robin")
+STRATEGIES = ("router", "single:<i>", "best", "ensemble", "round_robin", "base")
 
 
 class RoutedModel(Protocol):
@@ -29,7 +29,7 @@ class RoutedModel(Protocol):
 
 @dataclass(frozen=True)
 class Strategy:
-    """kind: "router", "single", "best", "ensemble" or "round_robin"; expert: the i of "single:<i>"."""
+    """kind: a name of STRATEGIES, "single" without its number; expert: the i of "single:<i>"."""
 
     kind: str
     expert: int | None = None
@@ -39,7 +39,7 @@ def parse_strategy(text: str, num_experts: int, *, has_router: bool = True) -> S
     """Raises UnknownStrategy, naming the strategies that this model can run."""
     legal = ["router"] if has_router else []
     if num_experts:
-        legal += [f"single:0..single:{num_experts - 1}", "best", "ensemble", "round_robin"]
+        legal += [f"single:0..single:{num_experts - 1}", "best", "ensemble", "round_robin", "base"]
     kind, colon, index = text.partition(":") if isinstance(text, str) else (text, "", "")
     if kind == "single" and colon and index.isascii() and index.isdigit() and int(index) < num_experts:
         return Strategy("single", int(index))
@@ -66,8 +66,10 @@ def generate_with_strategy(
     if chosen.kind == "ensemble":
         return _ensemble(model, input_ids, attention_mask, seeds, options)
     rows = _returned_rows(model, input_ids, options)
-    route: int | Tensor | None = None
-    if chosen.kind == "single":
+    route: Forced = None
+    if chosen.kind == "base":
+        route = ADAPTERS_OFF
+    elif chosen.kind == "single":
         route = chosen.expert
     elif chosen.kind == "round_robin":
         if _option(model, options, "num_beams", 1) != 1 and _option(model, options, "num_return_sequences", 1) != 1:
