@@ -1,0 +1,81 @@
+"""From a checkpoint, or from sample files, to results that are stored beside the samples and used again."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from dylo_moe.atomic import write_atomically
+from dylo_moe.errors import SampleFileError
+from dylo_moe.results import binding, read_samples, result_path, stored, summarise
+from dylo_moe.scoring import Limits, Scorer
+from dylo_moe.tasks import TaskSet
+
+if TYPE_CHECKING:
+    from dylo_moe.generating import Generation
+
+
+def evaluate_strategies(
+    generation: Generation, directory: Path, limits: Limits, *, parallel: int | None = None, sandbox: str = "auto"
+) -> dict[str, dict[str, Any]]:
+    """Generates what is missing of each strategy's samples, on one loaded model, and scores what is not scored yet.
+
+    Returns:
+        strategy -> its result, as of `results.summarise`.
+
+    Raises:
+        As `generate_samples` and `score_files`.
+    """
+    from dylo_moe.generating import generate_samples
+
+    files = generate_samples(generation, directory)
+    return score_files(files, generation.task_set, generation.task_ids(), limits, parallel=parallel, sandbox=sandbox)
+
+
+def score_files(
+    files: Mapping[str, Path],
+    task_set: TaskSet,
+    task_ids: Sequence[str],
+    limits: Limits,
+    *,
+    parallel: int | None = None,
+    sandbox: str = "auto",
+    again: bool = False,
+) -> dict[str, dict[str, Any]]:
+    """Scores sample files over the given tasks, after the canonical solutions of those tasks, once for all files.
+
+    A result is written beside its samples as soon as it is known, and used again where it is bound to the same samples, tasks,
+    limits and sandbox; then nothing runs.
+
+    Args:
+        files: a name of your choice -> a sample file or directory.
+        again: score although a result is stored.
+
+    Returns:
+        name -> its result, as of `results.summarise`, in the order of `files`.
+
+    Raises:
+        SampleFileError, TaskSetError: samples cannot be read, or a task has none. ScoringError: as `Scorer.calibrate`.
+    """
+    samples = {name: read_samples(path, task_set, list(task_ids)) for name, path in files.items()}
+    bound = {name: binding(task_set, found, limits, sandbox=sandbox) for name, found in samples.items()}
+    known = {} if again else {name: stored(result_path(files[name]), bound[name]) for name in files}
+    results = {name: result for name, result in known.items() if result is not None}
+    wanted = [name for name in files if name not in results]
+    if wanted:
+        with Scorer(task_set, limits, parallel=parallel, sandbox=sandbox) as scorer:
+            scorer.calibrate(dict.fromkeys(sample.task_id for name in wanted for sample in samples[name]))
+            for name in wanted:
+                scores = scorer.score(samples[name])
+                results[name] = summarise(task_set, scores, limits, bound[name], sandbox=scorer.sandbox)
+                _write(result_path(files[name]), results[name])
+    return {name: results[name] for name in files}
+
+
+def _write(place: Path, result: dict[str, Any]) -> None:
+    try:
+        write_atomically(place, json.dumps(result).encode())
+    except OSError as error:
+        raise SampleFileError(f"{place}: {error.strerror}") from None
