@@ -1,0 +1,1 @@
+"""Experts compared: who passes what, who is like whom, and whether the router chooses well."""
