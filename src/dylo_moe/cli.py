@@ -36,9 +36,14 @@ def build_parser() -> argparse.ArgumentParser:
         command.add_argument("--dataset", required=True, choices=DATASETS)
         add_generation(command, model_required=command is codegen)
     add_scoring(evaluate)
+    _add_merge(commands.add_parser("merge", help="make the whole run of the shards in directories", allow_abbrev=False))
     _add_inspect(commands.add_parser("inspect", help="print what a checkpoint holds", allow_abbrev=False))
     _add_convert(commands.add_parser("convert", help="write a checkpoint in another format", allow_abbrev=False))
     return parser
+
+
+def _add_merge(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("directories", nargs="+", metavar="DIR", help="where codegen --shard wrote, or where you copied it to")
 
 
 def _add_inspect(parser: argparse.ArgumentParser) -> None:
@@ -59,7 +64,8 @@ def _add_convert(parser: argparse.ArgumentParser) -> None:
 
 
 def _run(options: dict) -> int:
-    return {"codegen": _codegen, "evaluate": _evaluate, "inspect": _inspect, "convert": _convert}[options.pop("command")](options)
+    commands = {"codegen": _codegen, "evaluate": _evaluate, "merge": _merge, "inspect": _inspect, "convert": _convert}
+    return commands[options.pop("command")](options)
 
 
 def _codegen(options: dict) -> int:
@@ -77,6 +83,16 @@ def _evaluate(options: dict) -> int:
     result = evaluate(**{**backend, **options})
     if as_json and result is not None:
         print(json.dumps({name: value for name, value in result.items() if name != "eval"}))
+    return 0
+
+
+def _merge(options: dict) -> int:
+    from pathlib import Path
+
+    from dylo_moe.shards import merge_shards
+
+    for path in merge_shards([Path(directory) for directory in options["directories"]]):
+        print(path)
     return 0
 
 

@@ -7,12 +7,13 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
-from dylo_moe.errors import SampleFileError
+from dylo_moe.errors import OptionError, SampleFileError
 from dylo_moe.journal_lines import checked_line, whole_lines
 
 
@@ -78,9 +79,26 @@ class Content:
         return [index for index in range(n_samples) if index not in have]
 
 
+def parse_shard(text: str) -> tuple[int, int]:
+    """ "1/4" -> (0, 4).
+
+    Raises:
+        OptionError: not two numbers, or not one of 1/n ... n/n.
+    """
+    found = re.fullmatch(r"([0-9]{1,6})/([0-9]{1,6})", text) if isinstance(text, str) else None
+    if found is None or not 1 <= int(found[1]) <= int(found[2]):
+        raise OptionError(f"shard {text!r}, but should be one of 1/4, 2/4, 3/4, 4/4, or so")
+    return int(found[1]) - 1, int(found[2])
+
+
 def shard_text(shard: tuple[int, int]) -> str:
     """(0, 4) -> "1/4", as people write it."""
     return f"{shard[0] + 1}/{shard[1]}"
+
+
+def shard_name(shard: tuple[int, int] | None) -> str:
+    """(0, 4) -> ".shard-1-of-4", what a shard's file names have behind their stem; nothing for a whole run."""
+    return "" if shard is None else f".shard-{shard[0] + 1}-of-{shard[1]}"
 
 
 def plan_line(plan: Plan) -> bytes:
@@ -98,7 +116,7 @@ def read_journal(path: Path) -> tuple[Content | None, int]:
     if not payloads:
         return None, 0
     try:
-        content = Content(payloads[0]["identity"], _shard(payloads[0].get("shard")))
+        content = Content(payloads[0]["identity"], parse_shard(payloads[0]["shard"]) if "shard" in payloads[0] else None)
         for payload in payloads[1:]:
             if "plan" in payload:
                 content.plan = _plan(**payload["plan"])
@@ -113,10 +131,3 @@ def read_journal(path: Path) -> tuple[Content | None, int]:
 
 def _plan(order: list[str], chosen: list[str], n_samples: int, versions: dict[str, str]) -> Plan:
     return Plan(tuple(order), tuple(chosen), n_samples, versions)
-
-
-def _shard(text: str | None) -> tuple[int, int] | None:
-    if text is None:
-        return None
-    number, _, count = text.partition("/")
-    return int(number) - 1, int(count)

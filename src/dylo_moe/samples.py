@@ -26,7 +26,7 @@ from filelock import FileLock, Timeout
 from dylo_moe.atomic import flush_to_disk, remove_leftovers, write_atomically
 from dylo_moe.errors import SampleFileError
 from dylo_moe.identity import identity_hash
-from dylo_moe.journal import Content, Plan, Record, plan_line, read_journal
+from dylo_moe.journal import Content, Plan, Record, plan_line, read_journal, shard_name
 from dylo_moe.journal_lines import checked_line
 
 _LABEL_LENGTH = 80
@@ -63,7 +63,7 @@ class SampleJournal:
         resume: bool = True,
         shard: tuple[int, int] | None = None,
     ) -> None:
-        name = stem if shard is None else f"{stem}.shard-{shard[0] + 1}-of-{shard[1]}"
+        name = stem + shard_name(shard)
         self.path = directory / f"{name}.journal"
         self.jsonl = directory / f"{name}.jsonl"
         self.raw_jsonl = directory / f"{name}.raw.jsonl"
