@@ -14,7 +14,7 @@ import gc
 import time
 import weakref
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass
 
 import numpy as np
@@ -66,22 +66,31 @@ class PairedRatio:
 
 
 class PairedTimer:
-    """Times A against B in interleaved pairs; `more(n)` adds pairs and answers for all of them so far."""
+    """Times A against B in interleaved pairs; `more(n)` adds pairs and answers for all of them so far.
 
-    def __init__(self, a: Work, b: Work, *, device: str = "cpu", seed: int = 0) -> None:
+    threads: intra-op; with more than one, OMP_WAIT_POLICY has to be PASSIVE, or waiting is counted as work.
+    """
+
+    def __init__(self, a: Work, b: Work, *, device: str = "cpu", seed: int = 0, threads: int = 1) -> None:
         self._work = (a, b)
+        self._threads = threads
         self._clock = cuda_seconds if device == "cuda" else cpu_seconds
         self._rng = np.random.default_rng(seed)
         self._times: list[tuple[float, float]] = []
 
     def more(self, pairs: int) -> PairedRatio:
-        with one_thread():
+        with intra_op_threads(self._threads):
             if not self._times:
                 for work in self._work:
                     work()
             for _ in range(pairs):
                 self._times.append(self._pair())
         return ratio_of(self._times, self._rng)
+
+    @property
+    def times(self) -> list[tuple[float, float]]:
+        """Seconds of A and of B, pair by pair."""
+        return list(self._times)
 
     def _pair(self) -> tuple[float, float]:
         seconds = [0.0, 0.0]
@@ -138,13 +147,15 @@ def _told(found: PairedRatio, limit: float) -> str:
     )
 
 
+def one_thread() -> AbstractContextManager[None]:
+    """One intra-op thread: with two on shared cores, spin barriers make ratios meaningless (0.38 to 1.4 for equal code)."""
+    return intra_op_threads(1)
+
+
 @contextmanager
-def one_thread() -> Iterator[None]:
-    """One intra-op thread: with two on shared cores, spin barriers make ratios meaningless (0.38 to 1.4 for equal
-    code).
-    """
+def intra_op_threads(count: int) -> Iterator[None]:
     threads = torch.get_num_threads()
-    torch.set_num_threads(1)
+    torch.set_num_threads(count)
     try:
         yield
     finally:

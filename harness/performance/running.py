@@ -1,0 +1,86 @@
+"""Runs the cells of every group between two tests of the clock, and keeps what was found."""
+
+from __future__ import annotations
+
+import os
+import time
+from argparse import Namespace
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import torch
+
+from harness.measure import PairedRatio, PairedTimer
+from harness.performance import forward, record
+from harness.performance.cells import Cell, Result
+
+GROUPS: dict[str, Callable[[bool], Iterator[Cell]]] = {
+    "dense": forward.dense,
+    "top-k": forward.top_k,
+    "multi-pass": forward.multi_pass,
+    "peers": forward.peers,
+    "growth": forward.growth,
+}
+# An A/A test: the same work twice. Its median has to be this near to 1, and 1 inside its interval or nearly so.
+CLOCK_PAIRS = 15
+CLOCK_BAND = 0.02
+
+
+class Refused(Exception):
+    """Nothing is measured or published; the message says why in one line."""
+
+
+def run(options: Namespace) -> int:
+    """Measures the chosen groups; 0 when every goal was reached, 2 when some were not."""
+    names = options.only or list(GROUPS)
+    unknown = [name for name in names if name not in GROUPS]
+    if unknown:
+        raise Refused(f"unknown group {unknown[0]!r}, but should be among {', '.join(GROUPS)}")
+    clock = check_clock(options.threads)
+    missed = 0
+    for name in names:
+        results = [_measure(cell, options) for cell in GROUPS[name](options.quick)]
+        again = check_clock(options.threads)  # what was measured while the clock went wrong is not kept
+        record.keep(options.output, results, clocks=(clock, again), threads=options.threads, quick=options.quick)
+        missed += sum(not result.reached for result in results)
+        clock = again
+    print(f"{missed} goals missed; {record.path_in(options.output)}")
+    return 2 if missed else 0
+
+
+def check_clock(threads: int) -> PairedRatio:
+    """Two products of equal size, paired as every cell is. Raises Refused where they seem to differ."""
+    matrix = torch.randn(768, 768, generator=torch.Generator().manual_seed(0))
+
+    def work() -> None:
+        for _ in range(4):
+            matrix @ matrix
+
+    found = PairedTimer(work, work, seed=time.time_ns() % 2**32, threads=threads).more(CLOCK_PAIRS)
+    near = abs(found.ratio - 1) <= CLOCK_BAND and found.low <= 1 + CLOCK_BAND and found.high >= 1 - CLOCK_BAND
+    if not near or found.high - found.low > 5 * CLOCK_BAND:
+        bounds = f"{found.ratio:.3f} times itself (95 % bounds {found.low:.3f} to {found.high:.3f})"
+        raise Refused(f"a product took {bounds}: no ratio of this machine means anything now; load {os.getloadavg()[0]:.1f}")
+    return found
+
+
+def _measure(cell: Cell, options: Namespace) -> Result:
+    start = time.perf_counter()
+    result = cell.measured(pairs=options.pairs, threads=options.threads)
+    verdict = "reached" if result.reached else "MISSED"
+    limit = "" if cell.limit is None else f", limit {cell.limit:.3f}"
+    spread = f"{result.ratio:.3f} ({result.low:.3f} to {result.high:.3f})"
+    goal = f"goal {'>=' if cell.at_least else '<='} {cell.goal:.3f}{limit}"
+    took = f"{time.perf_counter() - start:.0f} s, load {os.getloadavg()[0]:.1f}"
+    print(f"{verdict:8}{cell.group}: {cell.name}: {spread}; {goal}; {took}", flush=True)
+    return result
+
+
+def publish(source: Path, target: Path) -> int:
+    """Writes the page from what is in `source`. Raises Refused where nothing is."""
+    from harness.performance.page import write_page
+
+    if not record.path_in(source).is_file():
+        raise Refused(f"{record.path_in(source)} is not there: measure first")
+    write_page(record.read(source), target)
+    return 0

@@ -1,0 +1,137 @@
+"""The models that are timed: a base of random weights, experts of rank 16, a gate; and what their shapes demand.
+
+T tokens, E experts, k of them active, r rank, H hidden size.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+
+import torch
+from torch import Tensor, nn
+from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
+
+from dylo_moe import load_checkpoint
+from harness.measure import counted_flops
+from harness.specimens import write_checkpoint
+from harness.specimens.xlora import XLoraChoices, write_xlora_checkpoint
+
+RANK = 16
+VOCABULARY = 4096
+# Deep enough that the readout, which no expert touches, is a small share; shallow enough to be timed many times.
+LAYERS = {256: 2, 512: 6, 1024: 3, 2048: 2}
+
+
+@dataclass(frozen=True)
+class Shape:
+    """top_k: experts per token; None for dense weights. targets: "attention" or "all-linear"."""
+
+    hidden: int = 1024
+    targets: str = "attention"
+    experts: int = 4
+    top_k: int | None = None
+    features: str = "embedding"
+    dtype: str = "float32"
+    longest: int = 2048
+
+    @property
+    def active(self) -> int:
+        return self.experts if self.top_k is None else self.top_k
+
+    @property
+    def label(self) -> str:
+        weights = "dense" if self.top_k is None else f"top-{self.top_k}"
+        kind = "" if self.dtype == "float32" else f", {self.dtype}"
+        return f"d={self.hidden} {self.targets} E={self.experts} {weights}{kind}"
+
+    @property
+    def tags(self) -> dict[str, object]:
+        return {**vars(self), "active": self.active}
+
+
+@dataclass(frozen=True)
+class Models:
+    """The base alone, from its own files, and checkpoints on the same base."""
+
+    shape: Shape
+    base_path: Path
+    checkpoint: Path
+
+    @cached_property
+    def base(self) -> nn.Module:
+        return AutoModelForCausalLM.from_pretrained(self.base_path, dtype=self.shape.dtype).eval()
+
+    @cached_property
+    def routed(self) -> nn.Module:
+        return load_checkpoint(self.checkpoint, dtype=self.shape.dtype).eval()
+
+    def ids(self, tokens: int, rows: int = 1) -> Tensor:
+        generator = torch.Generator().manual_seed(tokens)
+        return torch.randint(2, VOCABULARY, (rows, tokens), generator=generator)
+
+    @cached_property
+    def expert_weights(self) -> int:
+        """Numbers of A and B of one expert, r (I + O) summed over its Linears."""
+        layers = self.routed.routed_layers().values()
+        name = self.routed.expert_names[0]
+        return sum(layer.lora_A[name].weight.numel() + layer.lora_B[name].weight.numel() for layer in layers)
+
+    def work_limit(self, tokens: int) -> float:
+        """Operations of the base pass, 2 T r (I + O) for each active expert and the gate, over those of the base pass."""
+        base = self.base_flops(tokens)
+        gate = 2 * tokens * self.shape.hidden * self.shape.experts
+        return (base + 2 * tokens * self.shape.active * self.expert_weights + gate) / base
+
+    def byte_limit(self) -> float:
+        """Weights that a decoding step reads, with the active experts and without; a short cache is little."""
+        embeddings = self.base.get_input_embeddings().weight
+        base = sum(p.numel() for p in self.base.parameters()) - embeddings.numel()
+        return (base + self.shape.active * self.expert_weights) / base
+
+    def base_flops(self, tokens: int) -> int:
+        ids = self.ids(tokens)
+        with torch.inference_mode():
+            return counted_flops(lambda: self.base(ids, use_cache=False))
+
+    def base_pass(self, ids: Tensor) -> None:
+        with torch.inference_mode():
+            self.base(ids, use_cache=False)
+
+    def routed_pass(self, ids: Tensor) -> None:
+        with torch.inference_mode():
+            self.routed(ids, use_cache=False)
+
+
+def write_models(directory: Path, shape: Shape) -> Models:
+    base, top_k = _write_base(directory / "base", shape), shape.active
+    options = {"targets": shape.targets, "ranks": (RANK,), "alphas": (2 * RANK,), "num_experts": shape.experts}
+    checkpoint = write_checkpoint(directory / "moe", base, features=shape.features, top_k=top_k, dtype=shape.dtype, **options)
+    return Models(shape, base, checkpoint)
+
+
+def write_xlora_models(directory: Path, shape: Shape) -> Models:
+    base = _write_base(directory / "base", shape)
+    options = {"targets": shape.targets, "ranks": (RANK,), "alphas": (2 * RANK,), "num_experts": shape.experts}
+    return Models(shape, base, write_xlora_checkpoint(directory / "xlora", base, choices=XLoraChoices(), **options))
+
+
+def _write_base(directory: Path, shape: Shape) -> Path:
+    config = LlamaConfig(
+        hidden_size=shape.hidden,
+        intermediate_size=shape.hidden * 43 // 16,
+        num_hidden_layers=LAYERS[shape.hidden],
+        num_attention_heads=shape.hidden // 64,
+        num_key_value_heads=shape.hidden // 64,
+        vocab_size=VOCABULARY,
+        max_position_embeddings=4 * shape.longest,
+        tie_word_embeddings=False,
+        bos_token_id=None,
+        eos_token_id=None,
+        pad_token_id=0,
+    )
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        LlamaForCausalLM(config).to(getattr(torch, shape.dtype)).save_pretrained(directory)
+    return directory
