@@ -6,13 +6,14 @@ T tokens of one row, E experts, H hidden size.
 from __future__ import annotations
 
 import inspect
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from harness.artifact import load_base
+from harness.artifact import Adapter, load_base, versions_of
 from harness.bench import Bench
 from harness.compare import assert_within
 from harness.measure import PairedRatio, PairedTimer, assert_ratio_at_most, counted_flops
@@ -141,14 +142,14 @@ class Case:
         }
 
     def work_limit(self) -> float:
-        """Operations that the shapes demand of a routed pass: base, 2 T r (I + O) per adapter, the router, the router's features.
+        """Operations that the shapes demand of a routed pass: base, 2 T r (I + O) per adapter, the router, the router's features,
+        and what experts have beyond adapters.
 
         Where whole feed-forward networks are mixed, each expert that a token may use is a pass through the network.
         """
         tokens, hidden = self.ids.shape[1], self.base.config.hidden_size
         artifact = self.bench.reference.artifact
-        adapters = [adapter for expert in (*self.bench.experts, artifact.shared) for adapter in expert.values()]
-        experts = sum(2 * tokens * (adapter.lora_A.size + adapter.lora_B.size) for adapter in adapters)
+        experts = sum(self._of_expert(expert, tokens) for expert in (*self.bench.experts, artifact.shared))
         router = self.bench.router
         if router is None:
             return self.base_flops + experts
@@ -157,6 +158,15 @@ class Case:
         features = self.base_flops - head if router.features in TWO_PASS_FEATURES else 0
         features += experts if router.features == "all_experts" else 0
         return self.base_flops + experts + gate + features + self._networks(tokens)
+
+    def _of_expert(self, expert: Mapping[str, Adapter], tokens: int) -> int:
+        """Operations of one expert: its products, its own versions of whole Linears, and DoRA's B A, once, for the norm."""
+        adapters = expert.values()
+        low_rank = sum(2 * tokens * (adapter.lora_A.size + adapter.lora_B.size) for adapter in adapters)
+        norms = sum(2 * len(adapter.lora_B) * adapter.lora_A.size for adapter in adapters if adapter.magnitude is not None)
+        own = {path: parameters for path, parameters in versions_of(expert).items() if "weight" in parameters}
+        linears = [path for path in own if isinstance(self.base.get_submodule(path), nn.Linear)]
+        return low_rank + norms + sum(2 * tokens * own[path]["weight"].size for path in linears)
 
     def _networks(self, tokens: int) -> int:
         """Operations of the networks' Linears for the second and every further expert of a token."""

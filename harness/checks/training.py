@@ -30,6 +30,8 @@ from harness.workings import Workings, workings
 # Training steps whose errors make the bound. All gradients of one step share the rounding of its forward pass, so that a step
 # is one sample of the loop's error: of two steps of the same code, one often has three times the error of the other.
 INPUTS = 8
+# Parts of the names of what is trained: adapters, routers, and the experts' own versions of modules and biases.
+_TRAINED = ("lora_", "router", "gate.", "modules_to_save", "expert_bias", "versions.")
 
 
 def check_train_eval_modes(bench: Bench) -> None:
@@ -239,4 +241,4 @@ def _alike(gradients: dict[str, np.ndarray], name: str) -> list[np.ndarray]:
 
 
 def _is_base(name: str) -> bool:
-    return "lora_" not in name and "router" not in name and "gate." not in name
+    return not any(part in name for part in _TRAINED)

@@ -85,16 +85,20 @@ class ExpertBias(nn.Module):
             yield self.versions[name]
 
     def _add(self, owner: nn.Module, args: tuple, output: Tensor) -> Tensor:
+        return self.added(output, owner.bias)
+
+    def added(self, output: Tensor, bias: Tensor) -> Tensor:
+        """The owner's output (B, S, out) with its own bias -> the same with the biases that the route asks for."""
         mixture, names = self.switch[0].mixture, list(self.versions)
         route = mixture.route
         if route is None or self.switch[0].disable_adapters:
             return output
         if isinstance(route, int):
             name = mixture.expert_names[route]
-            return output + (self.versions[name] - owner.bias) if name in self.versions else output
+            return output + (self.versions[name] - bias) if name in self.versions else output
         weights = mixture.weights_at(route, output.shape[1], is_readout=self.is_readout).to(output.device)
         columns = [mixture.expert_names.index(name) for name in names]
-        changes = torch.stack([self.versions[name] - owner.bias for name in names])
+        changes = torch.stack([self.versions[name] - bias for name in names])
         return (output + weights[..., columns].to(changes.dtype) @ changes).to(output.dtype)
 
 

@@ -123,12 +123,15 @@ class RoutedLinear(LoraLinear):
         route = self.mixture.route
         if self.merged:
             raise RoutingError("an adapter is merged into the base weights; call unmerge_adapter() before routing")
-        base = result = self.base_layer(x, *args, **kwargs)
-        if route is None or self.disable_adapters:
-            return result
-        if self.lora_variant and hasattr(self.get_base_layer(), "expert_bias"):
+        own_bias = getattr(self.get_base_layer(), "expert_bias", None) if self.lora_variant else None
+        if own_bias is None:
+            base = result = self.base_layer(x, *args, **kwargs)
+        else:
             with self.mixture.using(None):  # a variant's delta is counted from the base without an expert's bias
                 base = self.base_layer(x, *args, **kwargs)
+            result = own_bias.added(base, self.get_base_layer().bias)
+        if route is None or self.disable_adapters:
+            return result
         if self.mixture.shared is not None:
             result = self._add_expert(result, x, self.mixture.shared, base)
         if isinstance(route, int):
