@@ -77,12 +77,18 @@ def generate_samples(generation: Generation, directory: Path) -> dict[str, Path]
         journals = {}
         for strategy in generation.strategies:
             identity = run_identity(generation, strategy, checkpoint, base)
-            journal = SampleJournal(directory, _stem(generation, strategy, identity), identity, resume=generation.resume)
+            options = {"resume": generation.resume, "shard": generation.shard}
+            journal = SampleJournal(directory, _stem(generation, strategy, identity), identity, **options)
             journals[strategy] = stack.enter_context(journal)
         if any(_missing(generation, strategy, journal) for strategy, journal in journals.items()):
             _fill(generation, journals, decoder or _load(generation))
-        tasks = generation.task_set.tasks
-        return {s: journal.export(tasks, generation.samples_of(s), versions()) for s, journal in journals.items()}
+        return {strategy: _export(generation, strategy, journal) for strategy, journal in journals.items()}
+
+
+def _export(generation: Generation, strategy: str, journal: SampleJournal) -> Path:
+    tasks = generation.task_set
+    chosen = tasks.ids(generation.task_range)
+    return journal.export(tasks.tasks, generation.samples_of(strategy), versions(), chosen=chosen)
 
 
 def run_identity(generation: Generation, strategy: str, checkpoint: Checkpoint, base: str | Path | None) -> dict[str, Any]:
