@@ -6,17 +6,19 @@ Every other backend goes to EvalPlus with the caller's arguments. Nothing of Eva
 from __future__ import annotations
 
 import inspect
-import json
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from dylo_moe.errors import OptionError, SampleFileError
-from dylo_moe.tasks import load_tasks
+from dylo_moe.errors import OptionError
+from dylo_moe.tasks import TaskSet, load_tasks
 
 if TYPE_CHECKING:
     from evalplus.provider.base import DecoderBase
+
+    from dylo_moe.generating import Generation
+    from dylo_moe.scoring import Limits
 
 BACKEND = "peft_moe"
 # EvalPlus 0.3.1, codegen.py: its sentences around a task in a chat prompt.
@@ -129,47 +131,72 @@ def run_codegen(  # noqa: PLR0913  (EvalPlus's signature, and ours after it)
         OptionError, ArtifactError, CheckpointError, TaskSetError, PromptError, SampleFileError: one line each.
     """
     given = dict(locals())
-    ours = {name: given.pop(name) for name in _own_options(run_codegen)}
     if backend != BACKEND:
         from evalplus.codegen import run_codegen as stock
 
+        ours = {name: given.pop(name) for name in _own_options(run_codegen)}
         _refuse_ours(run_codegen, ours, backend)
         return stock(**given)
-    if evalperf_type is not None or not jsonl_fmt:
+    from dylo_moe.generating import generate_samples
+
+    generation = plan_generation(given, (routing_strategy,))
+    return str(generate_samples(generation, Path(root) / dataset)[routing_strategy])
+
+
+def plan_generation(options: Mapping[str, Any], strategies: Sequence[str], task_set: TaskSet | None = None) -> Generation:
+    """What `generate_samples` takes, for the backend peft_moe.
+
+    Args:
+        options: arguments of `run_codegen` by name; what is missing has its default there. routing_strategy is not looked at.
+        strategies: all of them run on one loaded model.
+        task_set: instead of what `dataset` and `version` name, for instance a part of it.
+
+    Raises:
+        OptionError: a combination that cannot be. ArtifactError, TaskSetError: one line each.
+    """
+    given = inspect.signature(run_codegen).bind(**options)
+    given.apply_defaults()
+    given = given.arguments
+    if given["evalperf_type"] is not None or not given["jsonl_fmt"]:
         raise OptionError(f"{BACKEND} has no evalperf_type, and writes JSON lines only")
-    if greedy:
-        temperature = 0.0
-    elif temperature == 0:
+    temperature = checked_temperature(given["temperature"], given["n_samples"], greedy=given["greedy"])
+    from dylo_moe.decoder import adapter_or_artifact
+    from dylo_moe.generating import Generation
+
+    ours = {name: given[name] for name in _own_options(run_codegen) if name != "routing_strategy"}
+    shared = ("dataset", "force_base_prompt", "attn_implementation", "trust_remote_code", "dtype")
+    return Generation(
+        task_set=task_set or load_tasks(given["dataset"], version=given["version"]),
+        task_range=checked_range(given["id_range"]),
+        n_samples=given["n_samples"],
+        greedy=given["greedy"],
+        resume=given["resume"],
+        decoder={
+            **ours,
+            **{name: given[name] for name in shared},
+            "adapter_path": adapter_or_artifact(given["adapter_path"], given["wandb_artifact"]),  # once, here
+            "wandb_artifact": None,
+            "name": str(given["model"]),
+            "batch_size": given["bs"] or min(given["n_samples"], 32),
+            "temperature": temperature,
+            "instruction_prefix": INSTRUCTION_PREFIX,
+            "response_prefix": RESPONSE_PREFIX,
+        },
+        strategies=tuple(strategies),
+    )
+
+
+def checked_temperature(temperature: float, n_samples: int, *, greedy: bool) -> float:
+    """The temperature to generate with; 0 for greedy.
+
+    Raises:
+        OptionError: temperature 0 without greedy, or no samples.
+    """
+    if not greedy and temperature == 0:
         raise OptionError("temperature 0 is greedy decoding: add greedy, or set a temperature above 0")
     if n_samples < 1:
         raise OptionError(f"n_samples {n_samples}, but should be at least 1")
-    from dylo_moe.decoder import adapter_or_artifact
-    from dylo_moe.generating import Generation, generate_samples
-
-    generation = Generation(
-        task_set=load_tasks(dataset, version=version),
-        task_range=_checked_range(id_range),
-        n_samples=n_samples,
-        greedy=greedy,
-        resume=resume,
-        decoder={
-            **{name: value for name, value in ours.items() if name != "routing_strategy"},
-            "adapter_path": adapter_or_artifact(adapter_path, wandb_artifact),  # once, here
-            "wandb_artifact": None,
-            "name": str(model),
-            "dataset": dataset,
-            "batch_size": bs or min(n_samples, 32),
-            "temperature": float(temperature),
-            "force_base_prompt": force_base_prompt,
-            "instruction_prefix": INSTRUCTION_PREFIX,
-            "response_prefix": RESPONSE_PREFIX,
-            "attn_implementation": attn_implementation,
-            "trust_remote_code": trust_remote_code,
-            "dtype": dtype,
-        },
-        strategies=(routing_strategy,),
-    )
-    return str(generate_samples(generation, Path(root) / dataset)[routing_strategy])
+    return 0.0 if greedy else float(temperature)
 
 
 def evaluate(  # noqa: PLR0913  (EvalPlus's signature)
@@ -212,42 +239,48 @@ def evaluate(  # noqa: PLR0913  (EvalPlus's signature)
         if given.pop("sandbox") != "auto":
             raise OptionError(f"sandbox: an option of the backend {BACKEND}, but the backend is {model_options.get('backend')}")
         return _stock_evaluate(**{**given.pop("model_options"), **given})
-    id_range = _checked_range(model_options.get("id_range"))
+    id_range = checked_range(model_options.get("id_range"))
     if generates == (samples is not None):
         raise OptionError("evaluate needs either samples, or a model and the options of its generation")
+    from dylo_moe.evaluation import score_files
+
+    limits = make_limits(base_only, test_details, min_time_limit, gt_time_limit_factor)
+    check_sandbox(sandbox)
     if generates:
         samples = _generate(dataset, version, model_options)
-    from dylo_moe import results
-    from dylo_moe.scoring import MIN_TIME_LIMIT, SANDBOXES, Limits, Scorer
-
     task_set = load_tasks(dataset, version=version, mini=mini, noextreme=noextreme)
-    limit = MIN_TIME_LIMIT if min_time_limit is None else min_time_limit
-    if sandbox not in SANDBOXES:
-        raise OptionError(f"sandbox {sandbox!r}, but should be one of {', '.join(SANDBOXES)}")
-    for what, value in {"min_time_limit": limit, "gt_time_limit_factor": gt_time_limit_factor}.items():
-        if not 0 < value < math.inf:
-            raise OptionError(f"{what} {value}, but should be above 0")
-    limits = Limits(base_only, test_details, limit, gt_time_limit_factor)
-    wanted = results.read_samples(Path(samples), task_set, task_set.ids(id_range))
-    bound = results.binding(task_set, wanted, limits, sandbox=sandbox)
-    place = results.result_path(Path(samples))
-    result = None if i_just_wanna_run else results.stored(place, bound)
-    if result is None:
-        with Scorer(task_set, limits, parallel=parallel, sandbox=sandbox) as scorer:
-            scorer.calibrate(dict.fromkeys(sample.task_id for sample in wanted))
-            result = results.summarise(task_set, scorer.score(wanted), limits, bound, sandbox=scorer.sandbox)
-        _write(place, result)
+    scoring = {"parallel": parallel, "sandbox": sandbox, "again": i_just_wanna_run}
+    result = score_files({samples: Path(samples)}, task_set, task_set.ids(id_range), limits, **scoring)[samples]
     _print(dataset, result)
     return result
 
 
-def _write(place: Path, result: dict[str, Any]) -> None:
-    from dylo_moe.atomic import write_atomically
+def make_limits(
+    base_only: bool = False,
+    test_details: bool = False,
+    min_time_limit: float | None = None,
+    gt_time_limit_factor: float = 4.0,
+) -> Limits:
+    """EvalPlus's options of `evaluate` as `scoring.Limits`. min_time_limit: None for 4 seconds.
 
-    try:
-        write_atomically(place, json.dumps(result).encode())
-    except OSError as error:
-        raise SampleFileError(f"{place}: {error.strerror}") from None
+    Raises:
+        OptionError: a limit that is not above 0.
+    """
+    from dylo_moe.scoring import MIN_TIME_LIMIT, Limits
+
+    limit = MIN_TIME_LIMIT if min_time_limit is None else min_time_limit
+    for what, value in {"min_time_limit": limit, "gt_time_limit_factor": gt_time_limit_factor}.items():
+        if not 0 < value < math.inf:
+            raise OptionError(f"{what} {value}, but should be above 0")
+    return Limits(base_only, test_details, limit, gt_time_limit_factor)
+
+
+def check_sandbox(sandbox: str) -> None:
+    """Before anything is generated; raises OptionError."""
+    from dylo_moe.scoring import SANDBOXES
+
+    if sandbox not in SANDBOXES:
+        raise OptionError(f"sandbox {sandbox!r}, but should be one of {', '.join(SANDBOXES)}")
 
 
 def _generate(dataset: str, version: str, model_options: dict[str, Any]) -> str:
@@ -280,7 +313,8 @@ def _refuse_ours(function: Any, given: dict[str, Any], backend: str) -> None:
         raise OptionError(f"{', '.join(wrong)}: options of the backend {BACKEND}, but the backend is {backend}")
 
 
-def _checked_range(id_range: Any) -> tuple[int, int] | None:
+def checked_range(id_range: Any) -> tuple[int, int] | None:
+    """EvalPlus's id_range as (low, high); raises OptionError."""
     if id_range is None:
         return None
     values = list(id_range) if isinstance(id_range, list | tuple) else []

@@ -8,8 +8,8 @@ import json
 import os
 import re
 import zlib
-from collections.abc import Mapping
-from dataclasses import dataclass
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 from urllib.error import URLError
@@ -51,6 +51,10 @@ class TaskSet:
         if not chosen:
             raise TaskSetError(f"{self.path}: no task has a number in [{low}, {high})")
         return chosen
+
+    def part(self, ids: Iterable[str]) -> TaskSet:
+        """The same file with these tasks only; samples of the part are samples of the whole."""
+        return replace(self, tasks={task: self.tasks[task] for task in ids})
 
 
 def load_tasks(dataset: str, *, version: str = "default", mini: bool = False, noextreme: bool = False) -> TaskSet:
