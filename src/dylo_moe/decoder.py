@@ -124,7 +124,7 @@ class PeftMoEDecoder(DecoderBase):
             asked = "sampling" if do_sample else "greedy decoding"
             needed = "a temperature above 0 (or greedy decoding)" if do_sample else "temperature 0"
             raise OptionError(f"{asked} with temperature {self.temperature:g}, but it needs {needed}")
-        input_ids = self._encode(prompt)
+        input_ids = self.encode(prompt)
         if not do_sample and self.routing_strategy != "round_robin":  # then all of them are the same text
             return self._complete(prompt, input_ids, range(1), do_sample=False) * num_samples
         wanted = range(first_sample, first_sample + num_samples)
@@ -133,8 +133,12 @@ class PeftMoEDecoder(DecoderBase):
             texts += self._complete(prompt, input_ids, wanted[start : start + self.batch_size], do_sample=do_sample)
         return texts
 
-    def _encode(self, prompt: str) -> Tensor:
-        """Token ids of the whole prompt, (1, length)."""
+    def encode(self, prompt: str) -> Tensor:
+        """Token ids of everything before the completion, the chat around the prompt too, (1, length), on the model's device.
+
+        Raises:
+            PromptError: the prompt cannot be made or is longer than the model can read.
+        """
         direct = self.is_direct_completion()
         text = prompt
         if not direct:

@@ -199,7 +199,7 @@ def test_chat_prompt_holds_one_beginning_of_text_token(chat_base):
     decoder = greedy(chat_base, instruction_prefix="Please:", response_prefix="Here:")
     decoder.tokenizer.chat_template = "{{ bos_token }}" + decoder.tokenizer.chat_template
     assert not decoder.is_direct_completion()
-    ids = decoder._encode(PROMPT)[0].tolist()
+    ids = decoder.encode(PROMPT)[0].tolist()
     assert ids.count(decoder.tokenizer.bos_token_id) == 1
     text = decoder.tokenizer.decode(ids, skip_special_tokens=True)
     assert text == "[user]\nPlease:\n```\ndef add(a, b):\n```\n\n[assistant]\nHere:\n```python\n"
@@ -214,7 +214,7 @@ def test_chat_decoder_stops_at_the_end_of_the_code_block_only(chat_base):
 def test_base_prompt_can_be_forced_on_a_chat_model(chat_base):
     decoder = greedy(chat_base, force_base_prompt=True)
     assert decoder.is_direct_completion()
-    assert decoder.tokenizer.decode(decoder._encode(PROMPT)[0], skip_special_tokens=True) == PROMPT
+    assert decoder.tokenizer.decode(decoder.encode(PROMPT)[0], skip_special_tokens=True) == PROMPT
 
 
 def test_chat_prompt_without_prefixes_is_refused(chat_base):
@@ -265,7 +265,7 @@ def test_prompt_longer_than_the_model_is_refused(checkpoint):
 
 def test_completion_ends_where_the_models_positions_end(base):
     decoder = only(greedy(base, max_new_tokens=16), "a")
-    decoder.model.config.max_position_embeddings = decoder._encode(PROMPT).shape[1] + 5
+    decoder.model.config.max_position_embeddings = decoder.encode(PROMPT).shape[1] + 5
     assert decoder.codegen(PROMPT, do_sample=False, num_samples=1) == ["aaaaa"]
 
 
