@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import importlib.metadata
 import json
+import platform
 import re
+from collections.abc import Iterable, Mapping
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -15,8 +19,12 @@ from dylo_moe.formats import Checkpoint, combined_hash
 from dylo_moe.formats.tokenizer_files import tokenizer_files
 
 SCHEMA = 1
-PACKAGES = ("dylo-moe", "torch", "transformers", "peft", "tokenizers", "evalplus")
-_MODEL_FILES = ("*.safetensors", "*.bin", "*.index.json", "config.json", "generation_config.json")
+# The last two are what EvalPlus's sanitizer parses with.
+PACKAGES = ("dylo-moe", "torch", "transformers", "peft", "tokenizers", "evalplus", "tree-sitter", "tree-sitter-python")
+# Kernels and loaders that compute where a base model is quantised or spread over devices.
+OPTIONAL_PACKAGES = ("accelerate", "bitsandbytes", "torchao", "hqq", "gptqmodel", "flash-attn", "kernels")
+# *.py: what transformers runs with trust_remote_code.
+_MODEL_FILES = ("*.safetensors", "*.bin", "*.index.json", "config.json", "generation_config.json", "quantize_config.json", "*.py")
 _HUB_BLOB = re.compile(r"[0-9a-f]{64}")
 _CHUNK = 1 << 22
 
@@ -35,9 +43,20 @@ def checkpoint_identity(checkpoint: Checkpoint, base: str | Path | None) -> dict
     }
 
 
-def versions() -> dict[str, str]:
-    """Versions of the packages that decide what is generated."""
-    return {name: importlib.metadata.version(name) for name in PACKAGES}
+@cache
+def versions() -> Mapping[str, str]:
+    """Versions of everything that decides what is generated; our own also by its source, which changes between releases."""
+    python = ".".join(platform.python_version_tuple()[:2])
+    required = {name: importlib.metadata.version(name) for name in PACKAGES}
+    return {"python": python, "dylo-moe source": _source_hash(), **required, **_installed(OPTIONAL_PACKAGES)}
+
+
+def _installed(names: Iterable[str]) -> dict[str, str]:
+    found = {}
+    for name in names:
+        with contextlib.suppress(importlib.metadata.PackageNotFoundError):
+            found[name] = importlib.metadata.version(name)
+    return found
 
 
 def identity_hash(identity: dict[str, Any]) -> str:
@@ -51,6 +70,11 @@ def local_directory(base: str | Path) -> Path | None:
         return Path(base)
     cached = try_to_load_from_cache(str(base), "config.json")
     return Path(cached).parent if isinstance(cached, str) else None
+
+
+def _source_hash() -> str:
+    home = Path(__file__).parent
+    return _combined(home, sorted(home.rglob("*.py")))[:16]
 
 
 def _base_hash(base: str | Path) -> str:

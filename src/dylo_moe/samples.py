@@ -16,7 +16,7 @@ from __future__ import annotations
 import contextlib
 import json
 import re
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -125,7 +125,9 @@ class SampleJournal:
         for record in records:
             self._content.add(record, self.path)
 
-    def export(self, task_order: Iterable[str], n_samples: int, versions: dict[str, str], *, chosen: Iterable[str] = ()) -> Path:
+    def export(
+        self, task_order: Iterable[str], n_samples: int, versions: Mapping[str, str], *, chosen: Iterable[str] = ()
+    ) -> Path:
         """Writes the files made from the journal: the first `n_samples` of each task, as far as they are there without a gap.
 
         Args:
@@ -139,10 +141,10 @@ class SampleJournal:
             SampleFileError: a chosen task lacks samples.
             OSError: a file cannot be written; the files before are whole, this one is as it was.
         """
-        plan = Plan(tuple(task_order), tuple(chosen), n_samples, versions)
+        plan = Plan(tuple(task_order), tuple(chosen), n_samples, dict(versions))
         self._require(plan)
         shown = [record for task in plan.order for record in self._first(task, n_samples)]
-        about = {"identity": self._content.identity, "n_samples": n_samples, "versions": versions}
+        about = {"identity": self._content.identity, "n_samples": n_samples, "versions": dict(versions)}
         notes = [{"task_id": r.task_id, "index": r.index, "note": r.note} for r in shown if r.note]
         if self._content.shard is not None and self._content.plan != plan:
             self._write(plan_line(plan))

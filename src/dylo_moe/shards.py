@@ -126,7 +126,7 @@ def _write(shards: list[Shard], samples: dict[tuple[str, int], Record]) -> Path:
         places = {task: position for position, task in enumerate(plan.order)}
         new = [record for key, record in samples.items() if key[1] not in journal.records.get(key[0], {})]
         journal.append(sorted(new, key=lambda record: (places[record.task_id], record.index)))
-        return journal.export(plan.order, plan.n_samples, dict(plan.versions), chosen=plan.chosen)
+        return journal.export(plan.order, plan.n_samples, plan.versions, chosen=plan.chosen)
 
 
 def _difference(found: Plan, other: Plan) -> str:

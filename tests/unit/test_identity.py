@@ -1,0 +1,67 @@
+"""The identity of a run: everything that decides its samples changes it, and nothing else does."""
+
+from __future__ import annotations
+
+import importlib.metadata
+
+import pytest
+
+from dylo_moe.formats import read_checkpoint
+from dylo_moe.identity import PACKAGES, checkpoint_identity, identity_hash, versions
+from harness.specimens import write_base, write_checkpoint
+
+
+@pytest.fixture
+def base(tmp_path):
+    return write_base(tmp_path / "base", "llama")
+
+
+@pytest.fixture
+def checkpoint(tmp_path, base):
+    return write_checkpoint(tmp_path / "checkpoint", base, num_experts=2)
+
+
+def identity(checkpoint, base):
+    return identity_hash(checkpoint_identity(read_checkpoint(checkpoint), base))
+
+
+def test_one_bit_of_any_file_of_checkpoint_or_base_is_another_run(checkpoint, base):
+    before = identity(checkpoint, base)
+    files = [path for place in (checkpoint, base) for path in sorted(place.rglob("*")) if path.is_file()]
+    assert {path.name for path in files} >= {"adapter_model.safetensors", "model.safetensors", "config.json", "tokenizer.json"}
+    seen = {before}
+    for path in files:
+        content = path.read_bytes()
+        tensors = path.suffix == ".safetensors"
+        path.write_bytes(content[:-2] + bytes([content[-2] ^ 1]) + content[-1:] if tensors else content + b"\n")
+        seen.add(identity(checkpoint, base))
+        path.write_bytes(content)
+    assert len(seen) == len(files) + 1
+    assert identity(checkpoint, base) == before
+
+
+@pytest.mark.parametrize(
+    "name", ["modeling_custom.py", "chat_template.jinja", "model-00001-of-00002.safetensors", "quantize_config.json"]
+)
+def test_file_that_comes_to_a_base_is_another_run(checkpoint, base, name):
+    before = identity(checkpoint, base)
+    (base / name).write_text("")
+    assert identity(checkpoint, base) != before
+
+
+def test_what_does_not_decide_samples_is_the_same_run(checkpoint, base, tmp_path):
+    before = identity(checkpoint, base)
+    (base / "README.md").write_text("about")
+    (checkpoint / "training.log").write_text("about")
+    base.rename(tmp_path / "elsewhere")
+    assert identity(checkpoint, tmp_path / "elsewhere") == before
+
+
+def test_versions_name_the_code_that_generates():
+    found = versions()
+    assert {name: found[name] for name in PACKAGES} == {name: importlib.metadata.version(name) for name in PACKAGES}
+    assert len(found["dylo-moe source"]) == 16 and "python" in found
+
+
+def test_order_of_keys_does_not_matter_and_values_do():
+    assert identity_hash({"a": 1, "b": [2]}) == identity_hash({"b": [2], "a": 1}) != identity_hash({"a": 1, "b": [3]})
