@@ -53,7 +53,20 @@ class Observed:
     @property
     def chosen(self) -> int:
         """The expert with the most weight over the answer, or over the prompt where there is no answer; see `heaviest`."""
-        return heaviest(self.prompt if self.answer is None else self.answer)
+        return self.chosen_on_prompt if self.answer is None else self.chosen_on_answer
+
+    @property
+    def chosen_on_prompt(self) -> int:
+        return heaviest(self.prompt)
+
+    @property
+    def chosen_on_answer(self) -> int:
+        return heaviest(self.answer)
+
+    @property
+    def moved(self) -> bool:
+        """Whether prompt and answer have different heaviest experts."""
+        return self.answer is not None and self.chosen_on_prompt != self.chosen_on_answer
 
 
 def heaviest(shares: np.ndarray | None) -> int:

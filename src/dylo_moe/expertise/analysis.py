@@ -1,0 +1,152 @@
+"""From the plan of a generation to what is known of the experts: one benchmark, and several with the weights."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping, Sequence
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from dylo_moe.decoder import PeftMoEDecoder
+from dylo_moe.errors import OptionError, SampleFileError
+from dylo_moe.evaluation import score_files
+from dylo_moe.expertise.categories import categorise
+from dylo_moe.expertise.document import describe, describe_weights
+from dylo_moe.expertise.observing import Observed, Task, observe
+from dylo_moe.expertise.passes import read_passes
+from dylo_moe.expertise.remarks import benchmark_remarks, weight_remarks
+from dylo_moe.expertise.tracking import Track, silently
+from dylo_moe.expertise.weights import compare_weights, without_effect
+from dylo_moe.formats import Checkpoint, combined_hash, read_checkpoint
+from dylo_moe.generating import Generation, generate_samples
+from dylo_moe.identity import versions
+from dylo_moe.scoring import Limits
+
+SCHEMA = 1
+
+
+def strategies_of(checkpoint: Checkpoint, more: Sequence[str] = ()) -> tuple[str, ...]:
+    """Every expert alone, the router where there is one, "best", and what else is asked for.
+
+    Raises:
+        OptionError: a merged model, which has no experts.
+    """
+    if not checkpoint.experts:
+        raise OptionError(f"{checkpoint.path}: a merged model has no experts to compare")
+    singles = [f"single:{expert}" for expert in range(checkpoint.num_experts)]
+    router = [] if checkpoint.router is None else ["router"]
+    return tuple(dict.fromkeys([*singles, *router, "best", *more]))
+
+
+def analyse_benchmark(
+    generation: Generation,
+    directory: Path,
+    limits: Limits,
+    *,
+    categories: str | Path | None = None,
+    scoring: Mapping[str, Any] | None = None,
+    track: Track = silently,
+) -> dict[str, Any]:
+    """Generates and scores what is not there yet, looks at router and experts on every task, and describes what was found.
+
+    Args:
+        generation: with the strategies of `strategies_of`, and perhaps more.
+        directory: where samples and results are, or go.
+        categories: a file; see `categorise`.
+        scoring: `parallel`, `sandbox` and `again` of `score_files`.
+        track: shows progress; see tracking.py.
+
+    Returns:
+        As `document.describe`, and: sandbox, measured_alone: how the code ran (see `results.summarise`); remarks: lines in plain
+        words; files: {strategy: its sample file}.
+
+    Raises:
+        As `generate_samples`, `score_files` and `categorise`.
+    """
+    tasks = {task: generation.task_set.tasks[task] for task in generation.task_ids()}
+    sorted_in = categorise(tasks, categories)  # first, because a mistake in the file should not cost a generation
+    files = generate_samples(generation, directory)
+    results = score_files(files, generation.task_set, list(tasks), limits, **(scoring or {}))
+    decoder = PeftMoEDecoder(**generation.decoder, routing_strategy=generation.strategies[0])
+    answers = first_answers(files["router"]) if "router" in files else {}
+    observed = _observe_all(decoder, tasks, answers, track)
+    names = decoder.model.expert_names
+    found = describe(read_passes(results, len(names)), sorted_in, observed, names)
+    first = results["single:0"]
+    found |= {name: first[name] for name in ("sandbox", "measured_alone") if name in first}
+    return {**found, "remarks": benchmark_remarks(found, names), "files": {name: str(path) for name, path in files.items()}}
+
+
+def first_answers(samples: Path) -> dict[str, str]:
+    """Task id -> the first text that was generated for it, before it was sanitized. samples: STEM.jsonl; see samples.py."""
+    raw = samples.with_name(samples.name.removesuffix(".jsonl") + ".raw.jsonl")
+    found: dict[str, str] = {}
+    try:
+        for line in raw.read_text(encoding="utf-8").splitlines():
+            record = json.loads(line)
+            found.setdefault(record["task_id"], record["solution"])
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise SampleFileError(f"{raw}: {error}") from None
+    return found
+
+
+def _observe_all(
+    decoder: PeftMoEDecoder, tasks: Mapping[str, Mapping[str, Any]], answers: Mapping[str, str], track: Track
+) -> dict[str, Observed]:
+    found = {}
+    for task_id in track(list(tasks), "router and experts"):
+        prompt = tasks[task_id]["prompt"].strip() + "\n"
+        found[task_id] = observe(decoder.model, _tokens(decoder, prompt, answers.get(task_id, "")))
+    return found
+
+
+def _tokens(decoder: PeftMoEDecoder, prompt: str, answer: str) -> Task:
+    """The answer's text is tokenised again, so its tokens may be others than those drawn where these were no canonical ones."""
+    ids = decoder.encode(prompt)
+    text = answer.removeprefix(prompt) if decoder.is_direct_completion() else answer
+    new = decoder.tokenizer(text, add_special_tokens=False)["input_ids"] if text else []
+    room = getattr(decoder.model.config.get_text_config(), "max_position_embeddings", None)
+    new = new if room is None else new[: max(0, room - ids.shape[1])]
+    return Task(ids, torch.tensor([new], dtype=ids.dtype, device=ids.device))
+
+
+def analyse_experts(
+    generations: Mapping[str, Generation],
+    root: Path,
+    limits: Limits,
+    *,
+    categories: str | Path | None = None,
+    scoring: Mapping[str, Any] | None = None,
+    track: Track = silently,
+) -> dict[str, Any]:
+    """Everything about the experts of one checkpoint, ready for JSON; see expert_analysis.schema.json.
+
+    Args:
+        generations: benchmark -> what to generate for it, all of the same checkpoint; see `analyse_benchmark`.
+        root: samples and results of a benchmark are in the directory of its name below.
+
+    Raises:
+        As `analyse_benchmark`.
+    """
+    first = next(iter(generations.values()))
+    checkpoint = read_checkpoint(first.checkpoint, **(first.decoder["assume"] or {}))
+    options = {"categories": categories, "scoring": scoring, "track": track}
+    found = {name: analyse_benchmark(plan, root / name, limits, **options) for name, plan in generations.items()}
+    names = [expert.name for expert in checkpoint.experts]
+    weights = describe_weights(compare_weights(checkpoint, track), without_effect(checkpoint))
+    return {
+        "schema": SCHEMA,
+        "checkpoint": str(checkpoint.path),
+        "format": checkpoint.format,
+        "hash": combined_hash(checkpoint.hashes),
+        "experts": names,
+        "warnings": list(checkpoint.warnings),
+        "remarks": weight_remarks(weights, names),
+        "benchmarks": found,
+        "weights": weights,
+        "versions": versions(),
+        "date": datetime.now(UTC).strftime("%Y-%m-%d %H:%M"),
+    }
