@@ -62,32 +62,45 @@ def add_generation(parser: argparse.ArgumentParser, *, model_required: bool) -> 
     group = parser.add_argument_group("generation")
     group.add_argument("--model", required=model_required, help="checkpoint directory (peft_moe), or what the backend takes")
     group.add_argument("--backend", help="peft_moe (the default), or one of EvalPlus's")
-    for name in ("root", "version", "attn-implementation", "dtype", "base-url", "base-model", "adapter-path"):
+    for name in ("root", "version", "base-url", "adapter-path"):
         group.add_argument(f"--{name}")
     group.add_argument("--routing-strategy", help="router, single:<i>, best, ensemble, round_robin or base")
     group.add_argument("--wandb-artifact", help="entity/project/name:version to download; --model is then only a label")
-    for name in ("bs", "n-samples", "tp", "max-new-tokens", "seed"):
+    group.add_argument("--tp", type=int)
+    add_flag(group, "jsonl-fmt")
+    add_decoding(group)
+
+
+def add_decoding(group: argparse._ArgumentGroup) -> None:
+    """What every command that generates takes: how the model is loaded, and what is drawn from it."""
+    group.add_argument("--base-model", help="instead of the one that the checkpoint records")
+    for name in ("dtype", "attn-implementation", "device-map"):
+        group.add_argument(f"--{name}")
+    for name in ("bs", "n-samples", "max-new-tokens", "seed"):
         group.add_argument(f"--{name}", type=int)
     group.add_argument("--temperature", type=float)
     group.add_argument("--id-range", nargs="+", action=Range, metavar="NUMBER", help="tasks LOW to HIGH - 1")
-    for name in ("greedy", "resume", "force-base-prompt", "jsonl-fmt", "trust-remote-code"):
+    for name in ("greedy", "resume", "force-base-prompt", "trust-remote-code"):
         add_flag(group, name)
-    group.add_argument("--device-map")
     group.add_argument("--assume", action="append", metavar="NAME=VALUE", help=ASSUME)
 
 
 def add_scoring(parser: argparse.ArgumentParser) -> None:
     group = parser.add_argument_group("scoring")
     group.add_argument("--samples", help="a sample file or directory, instead of --model")
-    group.add_argument("--parallel", type=int)
-    group.add_argument(
-        "--sandbox", choices=SANDBOXES, help="for generated code; auto (the default): the best that holds here"
-    )
-    for name in ("min-time-limit", "gt-time-limit-factor"):
-        group.add_argument(f"--{name}", type=float)
-    for name in ("base-only", "i-just-wanna-run", "test-details", "mini", "noextreme"):
+    add_executing(group)
+    for name in ("i-just-wanna-run", "test-details", "mini", "noextreme"):
         add_flag(group, name)
     add_flag(group, "json", "print the result as JSON, without the field eval")
+
+
+def add_executing(group: argparse._ArgumentGroup) -> None:
+    """What every command that runs generated code takes."""
+    group.add_argument("--parallel", type=int, help="processes that run code; half of the processors where not given")
+    group.add_argument("--sandbox", choices=SANDBOXES, help="for generated code; auto (the default): the best that holds here")
+    for name in ("min-time-limit", "gt-time-limit-factor"):
+        group.add_argument(f"--{name}", type=float)
+    add_flag(group, "base-only", "leave EvalPlus's extra tests out")
 
 
 class Range(argparse.Action):

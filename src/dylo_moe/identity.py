@@ -39,7 +39,7 @@ def checkpoint_identity(checkpoint: Checkpoint, base: str | Path | None) -> dict
     return {
         "checkpoint": combined_hash(checkpoint.hashes),
         "tokenizer": None if own is None else _combined(own, tokenizer_files(own)),
-        "base": None if base is None else _base_hash(base),
+        "base": None if base is None else base_hash(base),
     }
 
 
@@ -77,7 +77,8 @@ def _source_hash() -> str:
     return _combined(home, sorted(home.rglob("*.py")))[:16]
 
 
-def _base_hash(base: str | Path) -> str:
+def base_hash(base: str | Path) -> str:
+    """Of a model's files, tokenizer included; "hub:NAME" where they are not on this machine."""
     directory = local_directory(base)
     if directory is None:
         return f"hub:{base}"
