@@ -35,6 +35,7 @@ def build_parser() -> argparse.ArgumentParser:
     for command in (codegen, evaluate):
         command.add_argument("--dataset", required=True, choices=DATASETS)
         add_generation(command, model_required=command is codegen)
+    codegen.add_argument("--shard", metavar="I/N", help="only this part of the tasks, as 2/4; `merge` puts the parts together")
     add_scoring(evaluate)
     _add_merge(commands.add_parser("merge", help="make the whole run of the shards in directories", allow_abbrev=False))
     _add_inspect(commands.add_parser("inspect", help="print what a checkpoint holds", allow_abbrev=False))

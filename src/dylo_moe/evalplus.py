@@ -117,12 +117,14 @@ def run_codegen(  # noqa: PLR0913  (EvalPlus's signature, and ours after it)
     seed: int = 0,
     device_map: Any = None,
     assume: Mapping[str, Any] | None = None,
+    shard: str | None = None,
 ) -> str:
     """EvalPlus's `run_codegen`; with backend="peft_moe" samples go through a journal (see samples.py).
 
     A run continues the samples of an earlier one with the same weights, base, strategy, tasks, options and versions, and of
     no other; n_samples, id_range and bs may differ. greedy means temperature 0 and one sample, except that "round_robin"
-    keeps its n_samples, one expert each.
+    keeps its n_samples, one expert each. shard "2/4" makes the second quarter of the tasks, in files of its own, which
+    `shards.merge_shards` (`dylo-moe merge`) makes a whole run of.
 
     Returns:
         The path of the sample file.
@@ -162,8 +164,9 @@ def plan_generation(options: Mapping[str, Any], strategies: Sequence[str], task_
     temperature = checked_temperature(given["temperature"], given["n_samples"], greedy=given["greedy"])
     from dylo_moe.decoder import adapter_or_artifact
     from dylo_moe.generating import Generation
+    from dylo_moe.journal import parse_shard
 
-    ours = {name: given[name] for name in _own_options(run_codegen) if name != "routing_strategy"}
+    ours = {name: given[name] for name in _own_options(run_codegen) if name not in ("routing_strategy", "shard")}
     shared = ("dataset", "force_base_prompt", "attn_implementation", "trust_remote_code", "dtype")
     return Generation(
         task_set=task_set or load_tasks(given["dataset"], version=given["version"]),
@@ -183,6 +186,7 @@ def plan_generation(options: Mapping[str, Any], strategies: Sequence[str], task_
             "response_prefix": RESPONSE_PREFIX,
         },
         strategies=tuple(strategies),
+        shard=None if given["shard"] is None else parse_shard(given["shard"]),
     )
 
 
@@ -289,6 +293,8 @@ def _generate(dataset: str, version: str, model_options: dict[str, Any]) -> str:
         inspect.signature(run_codegen).bind(**options)
     except TypeError as error:
         raise OptionError(f"{error}; the options are those of run_codegen") from None
+    if options.get("shard") is not None:
+        raise OptionError("shard: a part of the tasks has no score; generate all shards, merge them, and score that")
     return run_codegen(**options)
 
 

@@ -48,7 +48,7 @@ def versions() -> Mapping[str, str]:
     """Versions of everything that decides what is generated; our own also by its source, which changes between releases."""
     python = ".".join(platform.python_version_tuple()[:2])
     required = {name: importlib.metadata.version(name) for name in PACKAGES}
-    return {"python": python, "dylo-moe source": _source_hash(), **required, **_installed(OPTIONAL_PACKAGES)}
+    return {"python": python, "dylo-moe source": _SOURCE, **required, **_installed(OPTIONAL_PACKAGES)}
 
 
 def _installed(names: Iterable[str]) -> dict[str, str]:
@@ -70,11 +70,6 @@ def local_directory(base: str | Path) -> Path | None:
         return Path(base)
     cached = try_to_load_from_cache(str(base), "config.json")
     return Path(cached).parent if isinstance(cached, str) else None
-
-
-def _source_hash() -> str:
-    home = Path(__file__).parent
-    return _combined(home, sorted(home.rglob("*.py")))[:16]
 
 
 def base_hash(base: str | Path) -> str:
@@ -100,3 +95,7 @@ def _file_hash(path: Path) -> str:
         while chunk := file.read(_CHUNK):
             digest.update(chunk)
     return digest.hexdigest()
+
+
+# Read when this is imported, with the code that runs: an editable installation may change under a long run.
+_SOURCE = _combined(Path(__file__).parent, sorted(Path(__file__).parent.rglob("*.py")))[:16]
