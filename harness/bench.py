@@ -80,6 +80,9 @@ class Bench:
 
     @property
     def num_experts(self) -> int:
+        """As the model says. Raises NotApplicable for a merged checkpoint, whose model is a plain one."""
+        if not self.experts:
+            raise NotApplicable("the checkpoint has no experts: there is nothing to mix")
         return self.model.num_experts
 
     @cached_property

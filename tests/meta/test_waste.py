@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 
+from fixtures.layouts import write_layout
 from fixtures.wasteful import WASTES, Waste, WastefulSubject
 from harness.bench import Bench
 from harness.builtin import write_timing_base
@@ -69,3 +70,12 @@ def test_time_is_evidence_when_it_fails_too(specimen):
     with pytest.raises(Mismatch):
         speed.check_single_pass_time(bench)
     assert bench.take_evidence()["ratios"]["routed/base time"]["ratio"] > 4
+
+
+def test_laws_of_mixing_do_not_apply_to_a_merged_checkpoint(tmp_path):
+    base = write_base(tmp_path / "base", "llama")
+    bench = Bench(write_layout(tmp_path / "merged", base, "merged", num_experts=2), WastefulSubject(None))
+    for name, check in CHECKS.items():
+        with pytest.raises(NotApplicable):
+            check(bench)
+        assert not bench.take_evidence(), name
