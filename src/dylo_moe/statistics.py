@@ -10,6 +10,7 @@ however few they are, and with one sample per task it is the Wald interval, whic
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -37,7 +38,7 @@ class Paired:
 
     difference: mean of (second - first). won, lost: positions of the tasks where the second is better, worse.
     p: two-sided, of "on each task either is as likely to be the better one". detectable: the true difference that a run with
-    as many tasks finds with a probability of 80 %. decidable: whether any outcome with so many tasks could be significant.
+    as many tasks finds with a probability of 80 %.
     """
 
     difference: Estimate
@@ -45,7 +46,6 @@ class Paired:
     lost: list[int]
     p: float
     detectable: float
-    decidable: bool
 
 
 def pass_at_k(samples: Sequence[int], correct: Sequence[int], k: int) -> np.ndarray:
@@ -85,8 +85,10 @@ def mean_interval(values: Sequence[float], confidence: float = CONFIDENCE) -> Es
     return Estimate(float(v.mean()), float(max(0.0, centre - half)), float(min(1.0, centre + half)))
 
 
-def compare(first: Sequence[float], second: Sequence[float]) -> Paired:
+def compare(first: Sequence[float], second: Sequence[float], *, tests: int = 1) -> Paired:
     """Two runs over the same tasks, values in [0, 1]: 0 or 1 with one sample per task, else the share of right samples.
+
+    tests: how many comparisons are made together; it raises `detectable` as Bonferroni's correction does, and not p (see `holm`).
 
     Raises:
         ValueError: no tasks, or not the same number.
@@ -101,8 +103,7 @@ def compare(first: Sequence[float], second: Sequence[float]) -> Paired:
         won=np.flatnonzero(difference > 0).tolist(),
         lost=np.flatnonzero(difference < 0).tolist(),
         p=paired_p(difference),
-        detectable=float((stats.norm.ppf((1 + CONFIDENCE) / 2) + stats.norm.ppf(POWER)) * error),
-        decidable=2 * 0.5 ** len(a) < 1 - CONFIDENCE,
+        detectable=float((stats.norm.ppf(1 - (1 - CONFIDENCE) / 2 / tests) + stats.norm.ppf(POWER)) * error),
     )
 
 
@@ -130,6 +131,11 @@ def paired_p(differences: Sequence[float]) -> float:
         rng=np.random.default_rng(SEED),
     )
     return float(min(1.0, found.pvalue))
+
+
+def fewest_tasks(tests: int = 1) -> int:
+    """With fewer tasks no outcome of so many comparisons is significant: even if one run wins all n, p is 2 / 2^n."""
+    return math.floor(math.log2(2 * tests / (1 - CONFIDENCE))) + 1
 
 
 def holm(p_values: Sequence[float]) -> list[float]:

@@ -13,7 +13,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from scipy import stats
 
-from dylo_moe.statistics import compare, holm, mean_interval, paired_p, pass_at_k
+from dylo_moe.statistics import compare, fewest_tasks, holm, mean_interval, paired_p, pass_at_k
 
 RATES = st.lists(st.integers(0, 10).map(lambda tenth: tenth / 10), min_size=1, max_size=30)
 
@@ -178,11 +178,17 @@ def test_equal_runs_do_not_differ():
     assert (found.p, found.won, found.lost, found.difference.value) == (1.0, [], [], 0.0)
 
 
-@pytest.mark.parametrize(("tasks", "decidable"), [(5, False), (6, True)])
-def test_five_tasks_can_decide_nothing(tasks, decidable):
-    """Even if the second run wins all of them: 2 / 2^5 is above 0.05."""
-    found = compare([0.0] * tasks, [1.0] * tasks)
-    assert found.decidable is decidable and (found.p < 0.05) is decidable
+@pytest.mark.parametrize("tests", [1, 3, 6, 45])
+def test_with_fewer_than_the_fewest_tasks_even_winning_all_is_not_significant(tests):
+    fewest = fewest_tasks(tests)
+    one_less, enough = (compare([0.0] * n, [1.0] * n).p for n in (fewest - 1, fewest))
+    assert min(holm([one_less] + [1.0] * (tests - 1))) >= 0.05 > min(holm([enough] + [1.0] * (tests - 1)))
+
+
+def test_more_comparisons_detect_less():
+    runs = [1.0, 0.0] * 20, [0.0, 0.0] * 20
+    assert compare(*runs, tests=6).detectable > compare(*runs).detectable
+    assert compare(*runs, tests=6).p == compare(*runs).p
 
 
 def test_detectable_difference_is_found_four_times_of_five():
