@@ -25,7 +25,9 @@ DyloMoeError
 ├── ConversionError (ValueError)        a checkpoint that the wanted format, or fewer experts, cannot express
 ├── PromptError (ValueError)            a prompt cannot be made or does not fit: chat template, positions
 ├── TaskSetError (ValueError)           a task file that cannot be used, or tasks without samples
+├── OutOfMemory                         one completion alone needs more memory than there is
 ├── ArtifactError                       a W&B artifact cannot be downloaded, or is not what its manifest says
+├── ClusterError                        a Ray cluster cannot be used, or a machine of it cannot do its part
 ├── ScoringError                        the process that runs generated code cannot do its work
 └── SampleFileError (ValueError)        an existing sample or result file belongs to another run, or is damaged
 """
@@ -166,6 +168,10 @@ class TaskSetError(DyloMoeError, ValueError):
     """A task file is unusable, or tasks that must be scored have no samples."""
 
 
+class OutOfMemory(DyloMoeError):
+    """One completion alone needs more memory than there is; batches of several are split before that."""
+
+
 class ArtifactError(DyloMoeError):
     """A W&B artifact cannot be had. The message is one line: its name, what is wrong, what to do."""
 
@@ -175,6 +181,13 @@ class ArtifactError(DyloMoeError):
 
     def __reduce__(self) -> tuple:
         return type(self), (self.artifact, self.problem, self.advice)
+
+
+class ClusterError(DyloMoeError):
+    """A Ray cluster cannot be used, or a machine of it cannot do its part. The message is one line."""
+
+    def __init__(self, text: str) -> None:
+        super().__init__(one_line(text))
 
 
 class ScoringError(DyloMoeError):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
@@ -33,6 +34,8 @@ class Generation:
         decoder: keyword arguments of PeftMoEDecoder, without routing_strategy.
         strategies: as `routing_strategy` of PeftMoEDecoder, each once; all of them run on one loaded model.
         shard: (i, n): of the chosen tasks only those whose position in the list is i mod n; None for all.
+        ray: address of the Ray cluster that generates (see cluster.py), or None for this process.
+        device: kind of device that generates where that is not this process, "cpu" or "cuda".
     """
 
     task_set: TaskSet
@@ -43,6 +46,8 @@ class Generation:
     decoder: dict[str, Any]
     strategies: tuple[str, ...] = ("router",)
     shard: tuple[int, int] | None = None
+    ray: str | None = None
+    device: str | None = None
 
     @property
     def checkpoint(self) -> Path:
@@ -57,8 +62,14 @@ class Generation:
         return 1 if self.greedy and strategy != "round_robin" else self.n_samples
 
 
-def generate_samples(generation: Generation, directory: Path) -> dict[str, Path]:
+Fill = Callable[[Generation, dict[str, SampleJournal]], None]
+
+
+def generate_samples(generation: Generation, directory: Path, fill: Fill | None = None) -> dict[str, Path]:
     """Completes the samples in `directory`. The model is loaded once for all strategies, and only if samples are missing.
+
+    Args:
+        fill: adds what is missing to the journals (strategy -> journal); None to generate it in this process.
 
     Returns:
         strategy -> the path of its sample file.
@@ -81,7 +92,10 @@ def generate_samples(generation: Generation, directory: Path) -> dict[str, Path]
             journal = SampleJournal(directory, _stem(generation, strategy, identity), identity, **options)
             journals[strategy] = stack.enter_context(journal)
         if any(_missing(generation, strategy, journal) for strategy, journal in journals.items()):
-            _fill(generation, journals, decoder or _load(generation))
+            if fill is None:
+                _fill(generation, journals, decoder or _load(generation))
+            else:
+                fill(generation, journals)
         return {strategy: _export(generation, strategy, journal) for strategy, journal in journals.items()}
 
 
@@ -99,7 +113,7 @@ def run_identity(generation: Generation, strategy: str, checkpoint: Checkpoint, 
         **checkpoint_identity(checkpoint, base),
         "task_file": generation.task_set.hash,
         "greedy": generation.greedy,
-        "device": "cuda" if torch.cuda.is_available() else "cpu",
+        "device": generation.device or ("cuda" if torch.cuda.is_available() else "cpu"),
         "device_map": str(generation.decoder["device_map"]),
         "options": {**options, "routing_strategy": strategy},
         "versions": versions(),
