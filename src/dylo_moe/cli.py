@@ -7,6 +7,7 @@ import json
 import sys
 from collections.abc import Sequence
 
+from dylo_moe import benchmark, expert_analysis
 from dylo_moe.command_line import (
     DATASETS,
     Parser,
@@ -18,6 +19,11 @@ from dylo_moe.command_line import (
     run_command,
 )
 
+# Commands with a file of their own.
+COMMANDS = {
+    "benchmark": (benchmark, "score a checkpoint; compare its strategies, and its base model, task by task"),
+    "expert-analysis": (expert_analysis, "compare the experts, and the router's choices with the best ones"),
+}
 TARGETS = ("dylora", "dylo-moe", "xlora", "bag", "peft-lora")
 
 
@@ -39,6 +45,8 @@ def build_parser() -> argparse.ArgumentParser:
     add_scoring(evaluate)
     _add_merge(commands.add_parser("merge", help="make the whole run of the shards in directories", allow_abbrev=False))
     _add_inspect(commands.add_parser("inspect", help="print what a checkpoint holds", allow_abbrev=False))
+    for name, (module, text) in COMMANDS.items():
+        module.add_options(commands.add_parser(name, help=text, allow_abbrev=False))
     _add_convert(commands.add_parser("convert", help="write a checkpoint in another format", allow_abbrev=False))
     return parser
 
@@ -66,6 +74,7 @@ def _add_convert(parser: argparse.ArgumentParser) -> None:
 
 def _run(options: dict) -> int:
     commands = {"codegen": _codegen, "evaluate": _evaluate, "merge": _merge, "inspect": _inspect, "convert": _convert}
+    commands |= {name: module.run for name, (module, _) in COMMANDS.items()}
     return commands[options.pop("command")](options)
 
 

@@ -122,7 +122,7 @@ def analyse_experts(
     scoring: Mapping[str, Any] | None = None,
     track: Track = silently,
 ) -> dict[str, Any]:
-    """Everything about the experts of one checkpoint, ready for JSON; see expert_analysis.schema.json.
+    """Everything about the experts of one checkpoint, ready for JSON; see document.schema.json.
 
     Args:
         generations: benchmark -> what to generate for it, all of the same checkpoint; see `analyse_benchmark`.
