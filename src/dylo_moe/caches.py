@@ -44,3 +44,18 @@ def feature_half(cache: Cache, num_hidden_layers: int) -> Cache:
             f"{int(view.get_seq_length())}: a step in between was given its weights or expert; start again without it"
         )
     return view
+
+
+def halves(cache: Cache) -> tuple[list, list]:
+    """The layers of the routed pass, and those of the feature pass; none of these where there is no such pass."""
+    split = getattr(cache, _SPLIT, len(cache.layers))
+    return cache.layers[:split], cache.layers[split:]
+
+
+def set_halves(cache: Cache, routed: list, features: list) -> None:
+    """Puts other layers in. Without features the cache is one that no feature pass has used."""
+    cache.layers = [*routed, *features]
+    if features:
+        setattr(cache, _SPLIT, len(routed))
+    elif hasattr(cache, _SPLIT):
+        delattr(cache, _SPLIT)

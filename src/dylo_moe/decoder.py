@@ -3,24 +3,31 @@
 from __future__ import annotations
 
 import hashlib
+import inspect
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
 from evalplus.provider.base import DecoderBase
 from torch import Tensor, nn
-from transformers import AutoTokenizer, LogitsProcessorList, PreTrainedTokenizerBase, StoppingCriteriaList
+from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
 from dylo_moe.artifact import download_artifact
+from dylo_moe.batch import Request, Setting
+from dylo_moe.batching import complete
+from dylo_moe.completions import Completion, Wanted, best_expert, rows_of
 from dylo_moe.errors import DyloMoeError, MissingFile, OptionError, PromptError, UnknownStrategy, one_line
 from dylo_moe.formats.base import resolve_base
 from dylo_moe.loading import load_checkpoint
 from dylo_moe.model import DyLoRA_MoE
+from dylo_moe.penalties import Penalties
 from dylo_moe.prompts import chat_prompt
-from dylo_moe.sampling import Draw, warpers_from_options
-from dylo_moe.stopping import StopStrings, cut_at_stop, stop_strings
+from dylo_moe.row_cache import can_pad
+from dylo_moe.sampling import warpers_from_options
+from dylo_moe.stopping import Ending, cut_at_stop, stop_strings
 from dylo_moe.strategies import parse_strategy
 
 DTYPES = ("bfloat16", "float16", "float32", "float64", "auto")
@@ -41,7 +48,7 @@ class PeftMoEDecoder(DecoderBase):
         force_base_prompt: give the model the bare prompt although its tokenizer has a chat template.
         attn_implementation, device_map, dtype, trust_remote_code: as in `load_checkpoint`; without a device_map the model
             goes to the first CUDA device, where there is one.
-        batch_size: samples of one prompt that are generated together; it does not change what is drawn.
+        batch_size: rows that are generated together; it does not change what is written.
         temperature: 0 for greedy decoding, above 0 for sampling.
         max_new_tokens: the longest completion, in tokens.
         instruction_prefix, response_prefix: EvalPlus's sentences around the task in chat prompts.
@@ -120,18 +127,80 @@ class PeftMoEDecoder(DecoderBase):
             OptionError: do_sample contradicts the temperature.
             PromptError: the prompt cannot be made or is longer than the model can read.
         """
+        greedy_copies = not do_sample and self.routing_strategy != "round_robin"  # then all of them are the same text
+        indices = range(1) if greedy_copies else range(first_sample, first_sample + num_samples)
+        wanted = [Wanted(prompt, self.routing_strategy, index) for index in indices]
+        texts = {done.wanted.index: done.text for done in self.complete_many(wanted, do_sample=do_sample)}
+        return [texts[index] for index in indices] * (num_samples if greedy_copies else 1)
+
+    def complete_many(
+        self, wanted: Iterable[Wanted], *, do_sample: bool, tick: Callable[[int], None] = lambda tokens: None
+    ) -> Iterator[Completion]:
+        """The wanted completions as they end, written in batches across prompts, strategies and samples.
+
+        Each has the tokens that it would have alone. batch_size is the number of rows of a batch: an ensemble's completion
+        takes one for each expert. Rows that end make room for others; a batch that does not fit into memory is halved.
+
+        Args:
+            tick: called now and then with the number of tokens written since the last call.
+
+        Raises:
+            OptionError: do_sample contradicts the temperature. UnknownStrategy, PromptError.
+            OutOfMemory: one completion alone does not fit.
+        """
+        self._check_temperature(do_sample)
+        requests = self._requests(wanted, do_sample=do_sample)
+        for text in complete(self._setting(), list(requests), self.batch_size, tick):
+            string = cut_at_stop(self._decode(text.tokens[: text.length]), self.eos).replace("\t", "    ")
+            for one in requests[text.request]:
+                yield Completion(one, string, len(text.tokens))
+
+    def _check_temperature(self, do_sample: bool) -> None:
         if do_sample == (self.temperature == 0):
             asked = "sampling" if do_sample else "greedy decoding"
             needed = "a temperature above 0 (or greedy decoding)" if do_sample else "temperature 0"
             raise OptionError(f"{asked} with temperature {self.temperature:g}, but it needs {needed}")
-        input_ids = self.encode(prompt)
-        if not do_sample and self.routing_strategy != "round_robin":  # then all of them are the same text
-            return self._complete(prompt, input_ids, range(1), do_sample=False) * num_samples
-        wanted = range(first_sample, first_sample + num_samples)
-        texts: list[str] = []
-        for start in range(0, num_samples, self.batch_size):
-            texts += self._complete(prompt, input_ids, wanted[start : start + self.batch_size], do_sample=do_sample)
-        return texts
+
+    def _requests(self, wanted: Iterable[Wanted], *, do_sample: bool) -> dict[Request, list[Wanted]]:
+        """What to write; completions that must be the same are written once."""
+        num_experts, has_router = _experts_and_router(self.model)
+        encoded: dict[str, Tensor] = {}
+        best: dict[str, int] = {}
+        requests: dict[Request, list[Wanted]] = {}
+
+        def best_of(prompt: str) -> int:
+            if prompt not in best:
+                best[prompt] = best_expert(self.model, encoded[prompt])
+            return best[prompt]
+
+        for one in wanted:
+            check_strategy(one.strategy, num_experts, has_router)
+            if one.prompt not in encoded:
+                encoded[one.prompt] = self.encode(one.prompt)
+            ids = tuple(encoded[one.prompt][0].tolist())
+            routes: tuple = (None,)
+            if num_experts:
+                strategy = parse_strategy(one.strategy, num_experts, has_router=has_router)
+                routes = rows_of(strategy, num_experts, one.index, partial(best_of, one.prompt))
+            seed = sample_seed(self.seed, one.prompt, one.index) if do_sample else None
+            room = (_positions(self.model) or len(ids) + self.max_new_tokens) - len(ids)
+            requests.setdefault(Request(ids, routes, min(self.max_new_tokens, room), seed), []).append(one)
+        return requests
+
+    def _setting(self) -> Setting:
+        config, routed = self.model.generation_config, isinstance(self.model, DyLoRA_MoE)
+        top_k = TOP_K if config.top_k is None else config.top_k
+        options = {"temperature": self.temperature, "top_p": TOP_P, "top_k": top_k}
+        causal_lm = self.model.causal_lm if routed else self.model
+        return Setting(
+            causal_lm=causal_lm,
+            routing=self.model.routing if routed else None,
+            ending=Ending(self.eos, self._end_tokens(), self._decode),
+            penalties=Penalties(config),
+            warpers=warpers_from_options(config, options if self.temperature else {})[0],
+            inputs=frozenset(inspect.signature(causal_lm.forward).parameters),
+            can_pad=can_pad(causal_lm.config),
+        )
 
     def encode(self, prompt: str) -> Tensor:
         """Token ids of everything before the completion, the chat around the prompt too, (1, length), on the model's device.
@@ -152,38 +221,7 @@ class PeftMoEDecoder(DecoderBase):
             raise PromptError(f"{self.name}: a prompt of no tokens")
         return ids.to(self.device)
 
-    def _complete(self, prompt: str, input_ids: Tensor, indices: range, *, do_sample: bool) -> list[str]:
-        rows, length = len(indices), input_ids.shape[1]
-        ids = input_ids.expand(rows, -1).contiguous()
-        room = (_positions(self.model) or length + self.max_new_tokens) - length
-        ends = self._end_tokens()
-        options: dict[str, Any] = {
-            "max_new_tokens": min(self.max_new_tokens, room),
-            "do_sample": do_sample,
-            "eos_token_id": sorted(ends) or None,
-            "pad_token_id": _first_known(self.tokenizer.pad_token_id, self.tokenizer.eos_token_id, 0),
-            "stopping_criteria": StoppingCriteriaList([StopStrings(self.eos, length, self._decode)]),
-        }
-        seeds = None
-        if do_sample:
-            top_k = self.model.generation_config.top_k
-            options |= {"temperature": self.temperature, "top_p": TOP_P, "top_k": TOP_K if top_k is None else top_k}
-            seeds = [sample_seed(self.seed, prompt, index) for index in indices]
-        output = self._generate(ids, indices[0], seeds, options)
-        texts = [self._decode(_before_any(row, ends)) for row in output[:, length:].cpu()]
-        return [cut_at_stop(text, self.eos).replace("\t", "    ") for text in texts]
-
-    def _generate(self, ids: Tensor, first_sample: int, seeds: list[int] | None, options: dict[str, Any]) -> Tensor:
-        mask = torch.ones_like(ids)
-        if isinstance(self.model, DyLoRA_MoE):
-            route = {"strategy": self.routing_strategy, "first_sample": first_sample, "seeds": seeds}
-            return self.model.generate(ids, mask, **route, **options)
-        if seeds is not None:
-            warpers, options = warpers_from_options(self.model.generation_config, options)
-            options |= {"do_sample": False, "logits_processor": LogitsProcessorList([Draw(1, warpers, seeds)])}
-        return self.model.generate(ids, attention_mask=mask, **options)
-
-    def _decode(self, ids: Tensor) -> str:
+    def _decode(self, ids: list[int]) -> str:
         return self.tokenizer.decode(ids, skip_special_tokens=self.skip_special_tokens)
 
     def _end_tokens(self) -> set[int]:
@@ -265,13 +303,3 @@ def _positions(model: nn.Module) -> int | None:
     """How many tokens the model can read, where its configuration says so."""
     config = model.config.get_text_config()
     return getattr(config, "max_position_embeddings", None)
-
-
-def _first_known(*ids: int | None) -> int:
-    return next(i for i in ids if i is not None)
-
-
-def _before_any(row: Tensor, ends: Sequence[int] | set[int]) -> Tensor:
-    """The tokens before the first of `ends`; (tokens,)."""
-    hits = torch.isin(row, torch.tensor(sorted(ends), dtype=row.dtype)).nonzero()
-    return row[: int(hits[0])] if len(hits) else row

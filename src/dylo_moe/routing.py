@@ -16,6 +16,7 @@ from dylo_moe.caches import feature_half
 from dylo_moe.errors import RoutingError
 from dylo_moe.formats.checkpoint import ROUTER_FEATURES
 from dylo_moe.routed import Mixture, Route, RoutedCheckpoint
+from dylo_moe.row_routes import RowRoutes
 
 # What only the full model understands; the decoder below its head gets the rest.
 _HEAD_ARGUMENTS = ("labels", "logits_to_keep", "num_items_in_batch", "return_dict")
@@ -29,7 +30,7 @@ class Off(Enum):
 
 
 ADAPTERS_OFF = Off.ADAPTERS
-Forced = int | Tensor | Off | None
+Forced = int | Tensor | Off | RowRoutes | None
 
 
 class Routing:
@@ -72,7 +73,7 @@ class Routing:
 
     @contextmanager
     def forcing(self, route: Forced) -> Iterator[None]:
-        """Every pass inside uses this expert, these weights or no adapter; None leaves the choice as it was."""
+        """Every pass inside uses this expert, these weights, no adapter, or each row's own; None leaves the choice as it was."""
         previous = self.mixture.forced
         self.mixture.forced = previous if route is None else route
         try:
@@ -108,11 +109,21 @@ class Routing:
         self._routed_by_router = given is None
         self.mixture.layer_weights = {}
         self.mixture.kept_positions = kwargs.get("logits_to_keep")
-        route = self._router_route(kwargs) if given is None else self.as_route(given, rows, length)
+        route = self._route(given, kwargs, rows, length)
         if not isinstance(route, nn.Module):  # per-layer weights are known when the pass is over
             self._note(self._as_weights(route, rows, length))
         self.mixture.enter(route)
         return (), kwargs
+
+    def _route(self, given: Forced, kwargs: dict[str, Any], rows: int, length: int) -> Route:
+        if given is None:
+            return self._router_route(kwargs)
+        return self._row_route(given, kwargs) if isinstance(given, RowRoutes) else self.as_route(given, rows, length)
+
+    def _row_route(self, routes: RowRoutes, kwargs: dict[str, Any]) -> Route:
+        if self.features == "layer" and self.router is not None:
+            return routes.gates(self.router)
+        return routes.fill(self._router_route(routes.of_routed_rows(kwargs)))
 
     def _after(self, module: nn.Module, args: tuple, output: object) -> None:
         if not self.mixture.active:  # the pre-hook itself refused

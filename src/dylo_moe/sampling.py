@@ -1,4 +1,4 @@
-"""Choosing the next token ourselves: one draw per group of rows, from a generator of the group's own."""
+"""Choosing the next token ourselves: one draw per group of rows, from a stream of random numbers of the group's own."""
 
 from __future__ import annotations
 
@@ -19,6 +19,20 @@ from dylo_moe.errors import RoutingError
 
 _WARPERS = ("temperature", "top_k", "top_p", "min_p")
 _UNSUPPORTED = ("typical_p", "epsilon_cutoff", "eta_cutoff", "top_h")
+# Candidates that are kept beyond the top k before the warpers see them: equal scores at the k-th place all stay.
+_TIES = 64
+_CHUNK = 64
+
+
+class Uniforms:
+    """Random numbers in [0, 1) of one group; they depend on the seed alone, however many are taken at a time."""
+
+    def __init__(self, seed: int) -> None:
+        self._generator = torch.Generator().manual_seed(seed % 2**63)
+
+    def take(self, count: int) -> Tensor:
+        """The next ones, (count,), float64."""
+        return torch.rand(count, generator=self._generator, dtype=torch.float64)
 
 
 class Draw(LogitsProcessor):
@@ -36,28 +50,53 @@ class Draw(LogitsProcessor):
     def __init__(self, group_size: int, warpers: LogitsProcessorList | None, seeds: list[int] | None) -> None:
         self.group_size = group_size
         self.warpers = warpers
-        self.generators = [torch.Generator().manual_seed(seed % 2**63) for seed in seeds or []]
+        self._streams = [Uniforms(seed) for seed in seeds or []]
+        self._chunk: list[Tensor] = []  # of the next steps, (groups,) each
 
     def __call__(self, input_ids: Tensor, scores: Tensor) -> Tensor:
         """input_ids: (rows, length); scores: (rows, vocabulary) -> the same shape, -inf but for the chosen token."""
-        tokens = self.choose(input_ids[:: self.group_size], self.group_scores(scores))
+        groups = group_scores(scores, self.group_size)
+        tokens = groups.argmax(dim=-1) if self.warpers is None else draw_tokens(groups, self.warpers, self._uniforms())
         chosen = tokens.repeat_interleave(self.group_size).unsqueeze(-1)
         return torch.full_like(scores, -math.inf).scatter(-1, chosen, 0.0)
 
-    def group_scores(self, scores: Tensor) -> Tensor:
-        """Log of the mean of the rows' distributions, (groups, vocabulary), float32; the scores themselves for groups of one."""
-        if self.group_size == 1:
-            return scores.float()
-        logs = torch.log_softmax(scores.float(), dim=-1).view(-1, self.group_size, scores.shape[-1])
-        return torch.logsumexp(logs, dim=1) - math.log(self.group_size)
+    def _uniforms(self) -> Tensor:
+        if not self._chunk:
+            self._chunk = list(torch.stack([stream.take(_CHUNK) for stream in self._streams], dim=1))[::-1]
+        return self._chunk.pop()
 
-    def choose(self, input_ids: Tensor, scores: Tensor) -> Tensor:
-        """One token per group, (groups,)."""
-        if self.warpers is None:
-            return scores.argmax(dim=-1)
-        probabilities = torch.softmax(self.warpers(input_ids, scores), dim=-1).cpu()
-        draws = [torch.multinomial(p, 1, generator=g) for p, g in zip(probabilities, self.generators, strict=True)]
-        return torch.cat(draws).to(scores.device)
+
+def group_scores(scores: Tensor, group_size: int) -> Tensor:
+    """Log of the mean of the rows' distributions, (groups, vocabulary), float32; the scores themselves for groups of one."""
+    if group_size == 1:
+        return scores.float()
+    logs = torch.log_softmax(scores.float(), dim=-1).view(-1, group_size, scores.shape[-1])
+    return torch.logsumexp(logs, dim=1) - math.log(group_size)
+
+
+def draw_tokens(scores: Tensor, warpers: LogitsProcessorList, uniforms: Tensor) -> Tensor:
+    """One token per row, (rows,): where its distribution function passes the row's random number.
+
+    Args:
+        scores: (rows, vocabulary), logits or log-probabilities.
+        warpers: from `warpers_from_options`.
+        uniforms: (rows,), in [0, 1).
+    """
+    scores, tokens = _candidates(scores, warpers)
+    probabilities = torch.softmax(warpers(None, scores), dim=-1)
+    below = probabilities.double().cumsum(dim=-1)
+    targets = uniforms.to(below.device)[:, None] * below[:, -1:]
+    places = torch.searchsorted(below, targets, right=True).clamp(max=below.shape[-1] - 1)
+    return places[:, 0] if tokens is None else tokens.gather(-1, places)[:, 0]
+
+
+def _candidates(scores: Tensor, warpers: LogitsProcessorList) -> tuple[Tensor, Tensor | None]:
+    """The scores that can survive a top k, in the order of their tokens, and these; sorting a whole vocabulary is slow."""
+    kept = [warper.top_k + _TIES for warper in warpers if isinstance(warper, TopKLogitsWarper)]
+    if not kept or kept[0] >= scores.shape[-1]:
+        return scores, None
+    tokens = scores.topk(kept[0], dim=-1).indices.sort(dim=-1).values
+    return scores.gather(-1, tokens), tokens
 
 
 def warpers_from_options(config: GenerationConfig, options: dict[str, Any]) -> tuple[LogitsProcessorList, dict[str, Any]]:

@@ -2,17 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-
-import torch
-from torch import Tensor
-from transformers import StoppingCriteria
+from collections.abc import Callable, Iterable, Sequence
 
 # EvalPlus 0.3.1, evalplus/provider/utility.py. Not read from there: its decoders extend that list in place, so by the
 # time a second decoder exists it may hold the stop strings of another data set.
 COMMON_STOPS = ("<|endoftext|>", "<|endofmask|>", "</s>", "\nif __name__", "\ndef main(", "\nprint(")
 CHAT_STOP = "\n```\n"
-# Tokens may decode to nothing (special ones), so the window that is searched after each step is wider than a stop string.
+# Tokens may decode to nothing (special ones), so the window that is searched for a stop string is wider than it.
 WINDOW_SLACK = 16
 
 
@@ -33,34 +29,37 @@ def cut_at_stop(text: str, stops: Sequence[str]) -> str:
     return text[: min(found)] if found else text
 
 
-class StopStrings(StoppingCriteria):
-    """Ends each row for itself as soon as the text it has generated holds a stop string; the prompt is never searched.
+class Ending:
+    """Ends a text at the first end token, or with the token that completes a stop string; the prompt is never searched.
 
-    One object serves one `generate` call. After each token only a window of the last tokens is decoded, and a hit there
-    is confirmed on the row's whole generated text, so that the answer is that of the whole text.
+    Several new tokens may be asked about at once: the answer is the one that asking after each would have given.
 
     Args:
         stops: the strings.
-        prompt_length: tokens of the prompt, padding included; the same for every row.
-        decode: token ids of one row -> text, the same function that decodes the result.
+        end_tokens: ids of the tokens.
+        decode: token ids -> text, the same function that decodes the result.
     """
 
-    def __init__(self, stops: Sequence[str], prompt_length: int, decode: Callable[[Tensor], str]) -> None:
+    def __init__(self, stops: Sequence[str], end_tokens: Iterable[int], decode: Callable[[list[int]], str]) -> None:
         self.stops = tuple(stops)
-        self.prompt_length = prompt_length
+        self.end_tokens = frozenset(end_tokens)
         self.decode = decode
         self.window = max(map(len, self.stops), default=0) + WINDOW_SLACK
-        self._done: list[bool] = []
 
-    def __call__(self, input_ids: Tensor, scores: Tensor, **_: object) -> Tensor:
-        """input_ids: (rows, length) -> (rows,) bool, True for the rows that have ended."""
-        generated = input_ids[:, self.prompt_length :].cpu()
-        self._done = self._done or [False] * len(generated)
-        self._done = [done or self._has_stop(row) for done, row in zip(self._done, generated, strict=True)]
-        return torch.tensor(self._done, dtype=torch.bool, device=input_ids.device)
+    def length(self, tokens: list[int], seen: int) -> int | None:
+        """How many tokens the text has, if it ends with one of those after the first `seen`; None if it goes on.
 
-    def _has_stop(self, row: Tensor) -> bool:
-        return self._holds(self.decode(row[-self.window :])) and (len(row) <= self.window or self._holds(self.decode(row)))
+        An end token is not counted. Those that complete a stop string are.
+        """
+        fresh = range(seen, len(tokens))
+        end = next((place for place in fresh if tokens[place] in self.end_tokens), None)
+        upto = len(tokens) if end is None else end
+        if self.stops and self._holds(tokens[max(0, seen - self.window) : upto]):
+            # A hit in the window is confirmed on the whole text, so that the answer is that of the whole text.
+            confirmed = (count for count in range(seen + 1, upto + 1) if self._holds(tokens[:count]))
+            return next(confirmed, end)
+        return end
 
-    def _holds(self, text: str) -> bool:
+    def _holds(self, tokens: list[int]) -> bool:
+        text = self.decode(tokens)
         return any(stop in text for stop in self.stops)

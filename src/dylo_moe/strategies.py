@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol
 
@@ -93,19 +94,22 @@ def best_experts(model: RoutedModel, input_ids: Tensor, attention_mask: Tensor |
 
 
 @torch.no_grad()
-def prompt_losses(model: RoutedModel, input_ids: Tensor, attention_mask: Tensor | None = None) -> Tensor:
+def prompt_losses(
+    model: RoutedModel, input_ids: Tensor, attention_mask: Tensor | None = None, *, experts: Sequence[int] | None = None
+) -> Tensor:
     """Mean next-token loss of each prompt under each expert alone, (batch, experts), in one pass over batch * experts rows.
 
-    Padding does not count; a prompt of one token has loss 0 everywhere.
+    Padding does not count; a prompt of one token has loss 0 everywhere. experts: these only; None for all of them.
     """
-    rows, experts = input_ids.shape[0], model.num_experts
+    asked = range(model.num_experts) if experts is None else experts
+    rows, count = input_ids.shape[0], len(asked)
     mask = torch.ones_like(input_ids) if attention_mask is None else attention_mask
-    ids, mask = (tensor.repeat_interleave(experts, dim=0) for tensor in (input_ids, mask))
-    with model.routing.forcing(torch.arange(experts).repeat(rows)):
+    ids, mask = (tensor.repeat_interleave(count, dim=0) for tensor in (input_ids, mask))
+    with model.routing.forcing(torch.tensor(list(asked)).repeat(rows)):
         logits = model.causal_lm(input_ids=ids, attention_mask=mask, use_cache=False).logits
     losses = nn.functional.cross_entropy(logits[:, :-1].float().transpose(1, 2), ids[:, 1:], reduction="none")
     counts = (mask[:, 1:] * mask[:, :-1]).to(losses.dtype)
-    return ((losses * counts).sum(-1) / counts.sum(-1).clamp(min=1)).view(rows, experts)
+    return ((losses * counts).sum(-1) / counts.sum(-1).clamp(min=1)).view(rows, count)
 
 
 def _ensemble(

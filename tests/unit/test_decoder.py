@@ -7,13 +7,15 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+from hypothesis import given
+from hypothesis import strategies as st
 from transformers import GenerationConfig
 
 from dylo_moe import PeftMoEDecoder
 from dylo_moe.decoder import sample_seed
 from dylo_moe.errors import OptionError, PromptError, UnknownStrategy
 from dylo_moe.prompts import SPLITTER, chat_prompt
-from dylo_moe.stopping import COMMON_STOPS, StopStrings, cut_at_stop, stop_strings
+from dylo_moe.stopping import COMMON_STOPS, Ending, cut_at_stop, stop_strings
 from harness.specimens import write_base, write_checkpoint
 
 PROMPT = "def add(a, b):\n"
@@ -318,22 +320,38 @@ def test_sample_seed_depends_on_seed_prompt_and_index():
     assert sample_seed(0, "a", 1) == sample_seed(0, "a", 1)
 
 
-def test_stop_criterion_ends_rows_one_by_one():
-    texts = {1: "a", 2: "\n", 3: "def ", 4: "b"}
-    criterion = StopStrings(["\ndef "], 2, lambda ids: "".join(texts[int(i)] for i in ids))
-    done = criterion(torch.tensor([[2, 3, 1, 2], [2, 3, 2, 3]]), None)
-    assert done.tolist() == [False, True]
-    done = criterion(torch.tensor([[2, 3, 1, 2, 4], [2, 3, 2, 3, 4]]), None)
-    assert done.tolist() == [False, True]
-    done = criterion(torch.tensor([[2, 3, 1, 2, 4, 2, 3], [2, 3, 2, 3, 4, 4, 4]]), None)
-    assert done.tolist() == [True, True]
+def ending_of(stops, texts, ends=()):
+    """Of a tokenizer whose token i writes texts[i]."""
+    return Ending(stops, ends, lambda ids: "".join(texts[i] for i in ids))
 
 
-def test_stop_criterion_sees_a_stop_string_after_more_tokens_than_its_window():
-    criterion = StopStrings(["xyz"], 0, lambda ids: "".join(chr(int(i)) for i in ids))
+def test_text_ends_with_the_token_that_completes_a_stop_string():
+    ending = ending_of(["\ndef "], {1: "a", 2: "\n", 3: "def ", 4: "b"})
+    assert ending.length([2, 1, 3], 0) is None
+    assert ending.length([1, 2, 3], 2) == 3
+    assert ending.length([1, 2, 3, 4, 4], 1) == 3
+
+
+def test_text_ends_before_the_first_end_token_unless_a_stop_string_came_before_it():
+    ending = ending_of(["b"], {1: "a", 2: "b"}, ends=[7, 8])
+    assert ending.length([1, 1, 7, 2], 0) == 2
+    assert ending.length([1, 2, 8], 0) == 2
+    assert ending.length([7], 0) == 0
+
+
+def test_stop_string_after_more_tokens_than_the_window_is_seen():
+    ending = Ending(["xyz"], [], lambda ids: "".join(map(chr, ids)))
     row = [ord("a")] * 200 + [ord(c) for c in "xyz"]
-    assert criterion(torch.tensor([row[:-1]]), None).tolist() == [False]
-    assert criterion(torch.tensor([row]), None).tolist() == [True]
+    assert ending.length(row[:-1], 198) is None
+    assert ending.length(row, 202) == 203
+
+
+@given(st.lists(st.integers(1, 4), max_size=30), st.integers(1, 9))
+def test_asking_about_several_tokens_at_once_ends_where_asking_after_each_does(tokens, stride):
+    ending = ending_of(["ab", "abcd", "bca"], {1: "a", 2: "b", 3: "c", 4: "d"}, ends=[4])
+    each = (ending.length(tokens[: n + 1], n) for n in range(len(tokens)))
+    together = (ending.length(tokens[: n + stride], n) for n in range(0, len(tokens), stride))
+    assert next((n for n in together if n is not None), None) == next((n for n in each if n is not None), None)
 
 
 def test_top_k_of_transformers_applies_where_the_model_says_nothing(base):
