@@ -28,17 +28,17 @@ def generate_stock(model: str, task_set: TaskSet, decoding: Mapping[str, Any], d
     Raises:
         OptionError: options that EvalPlus's decoder does not have.
     """
-    identity = {**stock_identity(model, decoding), "task_file": task_set.hash}
-    root = directory / f"{HF}-{identity_hash(identity)[:12]}"
-    for samples in stock_files(directory):
-        _cut_torn_end(samples)
     numbers = [int(task.split("/")[1]) for task in task_set.tasks]
     id_range = [min(numbers), max(numbers) + 1]
+    for samples in stock_files(directory):
+        _cut_torn_end(samples)
     try:
+        identity = {**stock_identity(model, decoding), "task_file": task_set.hash}
+        root = directory / f"{HF}-{identity_hash(identity)[:12]}"
         return Path(run_codegen(model, task_set.dataset, root=str(root), backend=HF, id_range=id_range, **decoding))
     except DyloMoeError:
         raise
-    except (ImportError, ValueError) as error:  # how transformers refuses what is no model
+    except (ImportError, ValueError) as error:  # how transformers and the hub refuse what is no model
         raise OptionError(one_line(f"{model}: {error}")) from error
 
 
