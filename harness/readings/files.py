@@ -16,6 +16,8 @@ from harness.artifact import Adapter, Expert
 from harness.outcome import NotApplicable
 
 PREFIX = "base_model.model."
+# Base weights that PEFT saves beside an adapted readout or embedding. They must be the base's own, so nobody needs them.
+_REPEATED = ("lm_head.base_layer.weight", "embed_tokens.base_layer.weight")
 
 
 def read_json(file: Path) -> dict[str, Any]:
@@ -82,6 +84,8 @@ def beside(config: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> tuple[di
         if module is not None:
             parameter = name.removeprefix(f"{module}.").removeprefix("modules_to_save.")
             expert.replaced.setdefault(module, {})[parameter] = array(tensor)
+        elif name.endswith(_REPEATED):
+            continue
         elif ".lora_" not in name and name.endswith(".bias") and config.get("bias", "none") != "none":
             expert.biases[name.removesuffix(".bias").removesuffix(".base_layer")] = array(tensor)
         else:

@@ -92,9 +92,17 @@ def convert_checkpoint(
         checkpoint, drop_router = merged(checkpoint, merge), True
     checkpoint, more = expressed(checkpoint, to, drop_router=drop_router)
     notes += more
+    _check_repeats(checkpoint)
     checkpoint, more = _with_base(checkpoint, base_model)
     _write(checkpoint, target, TARGETS[to])
     return Conversion(target, TARGETS[to], (*notes, *more))
+
+
+def _check_repeats(checkpoint: Checkpoint) -> None:
+    repeated = [f"{expert.name}: {name}" for expert in checkpoint.adapters for name in expert.repeated]
+    if repeated:
+        how = "load_checkpoint compares them with the base model, and save_pretrained writes the rest"
+        raise ConversionError(f"{checkpoint.path}: base weights beside the experts' own ({', '.join(repeated[:3])}); {how}")
 
 
 def _check_place(source: Path, target: Path) -> None:

@@ -20,6 +20,7 @@ from dylo_moe.formats import Adapters, Checkpoint, read_checkpoint
 from dylo_moe.formats.base import BaseModel, check_experts_fit_base, check_fit, read_base, resolve_base
 from dylo_moe.model import DyLoRA_MoE, attach_router
 from dylo_moe.quantised import check_package
+from dylo_moe.repeated import compared_with_base
 from dylo_moe.replaced import add_biases
 from dylo_moe.routers import build_config, build_router
 
@@ -82,7 +83,7 @@ def load_checkpoint(  # noqa: PLR0913 - from_pretrained's own habit: one option 
         "quantization_config": quantization_config,
     }
     base, notes = _base(checkpoint, base_model, {name: value for name, value in options.items() if value is not None})
-    checkpoint = replace(checkpoint, warnings=(*checkpoint.warnings, *notes))
+    checkpoint = compared_with_base(replace(checkpoint, warnings=(*checkpoint.warnings, *notes)), base)
     if not checkpoint.experts:
         base.checkpoint = checkpoint
         return base.eval()

@@ -1,7 +1,8 @@
-"""What an adapter holds beside its LoRA pairs: whole modules of its own (modules_to_save), and biases of its own (bias)."""
+"""What an adapter holds beside its LoRA pairs: whole modules and biases of its own (modules_to_save, bias), and base weights."""
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -14,13 +15,18 @@ from dylo_moe.formats.checkpoint import Expert
 from dylo_moe.formats.patterns import module_of
 from dylo_moe.formats.safetensors_file import TensorInfo, check_finite, require_float
 
+# PEFT's save_embedding_layers="auto": the base weight of an adapted readout or embedding is saved with the adapter.
+_REPEATED = re.compile(r"(?:.+\.)?(?:lm_head|embed_tokens)\.base_layer\.weight")
+
 
 @dataclass(frozen=True)
 class Beside:
-    """replaced: module -> name of its parameter -> key in the file; biases: module -> key in the file."""
+    """replaced: module -> name of its parameter -> key in the file; biases: module -> key in the file; repeated: name of a base
+    weight -> key in the file."""
 
     replaced: dict[str, dict[str, str]] = field(default_factory=dict)
     biases: dict[str, str] = field(default_factory=dict)
+    repeated: dict[str, str] = field(default_factory=dict)
 
 
 def split_beside(header: Mapping[str, TensorInfo], config: AdapterConfig, file: Path) -> tuple[dict[str, TensorInfo], Beside]:
@@ -57,6 +63,8 @@ def _place(key: str, config: AdapterConfig, beside: Beside) -> tuple[dict[str, s
         # Until 0.14, PEFT kept its wrapper's name in some keys.
         return beside.replaced.setdefault(saved, {}), path.removeprefix(f"{saved}.").removeprefix("modules_to_save.")
     module, _, last = path.rpartition(".")
+    if _REPEATED.fullmatch(path):
+        return beside.repeated, f"{module.removesuffix('.base_layer')}.weight"
     if config.bias != "none" and last == "bias" and ".lora_" not in path:
         return beside.biases, module.removesuffix(".base_layer")
     return None, ""
@@ -73,8 +81,17 @@ def saved_module(path: str, names: tuple[str, ...]) -> str | None:
 
 
 def add_beside(expert: Expert, beside: Beside, tensors: Mapping[str, Tensor], file: Path) -> Expert:
-    """The expert with its own modules and biases, once they are known to be finite."""
-    keys = [*beside.biases.values(), *(key for parameters in beside.replaced.values() for key in parameters.values())]
+    """The expert with its own modules and biases, once they are known to be finite.
+
+    Raises:
+        NonFiniteTensor. ForeignTensor: a base weight of a module that the expert does not adapt.
+    """
+    for name, key in beside.repeated.items():
+        if name.removesuffix(".weight") not in expert.modules:
+            raise ForeignTensor(file, key, found="a base weight", expected="one of a module with a pair of its own")
+    keys = [*beside.biases.values(), *beside.repeated.values()]
+    keys += [key for parameters in beside.replaced.values() for key in parameters.values()]
     check_finite({key: tensors[key] for key in keys}, file)
     replaced = {m: {name: tensors[key] for name, key in parameters.items()} for m, parameters in beside.replaced.items()}
-    return replace(expert, replaced=replaced, biases={module: tensors[key] for module, key in beside.biases.items()})
+    biases, repeated = ({name: tensors[key] for name, key in found.items()} for found in (beside.biases, beside.repeated))
+    return replace(expert, replaced=replaced, biases=biases, repeated=repeated)

@@ -48,6 +48,8 @@ class Expert:
     replaced: path of a module of the base that this expert has in a version of its own -> every parameter of it, by its name
         in the module (PEFT's modules_to_save).
     biases: path of a module whose bias, and nothing else, the expert has in a version of its own -> that bias (PEFT's bias).
+    repeated: name of a base weight -> what the expert's file says it is: PEFT saves the base weight of a readout or embedding that
+        has an adapter. Loading compares it with the base model's; it is not the expert's own.
     """
 
     name: str
@@ -55,6 +57,7 @@ class Expert:
     targets: tuple[str, ...] = ()
     replaced: Mapping[str, Mapping[str, Tensor]] = field(default_factory=dict)
     biases: Mapping[str, Tensor] = field(default_factory=dict)
+    repeated: Mapping[str, Tensor] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)

@@ -2,14 +2,18 @@
 
 from __future__ import annotations
 
+import shutil
+
 import numpy as np
 import pytest
 import torch
 from peft import LoraConfig, PeftModel, get_peft_model
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 
 from dylo_moe import DynamicHybridRouter, MoELoraConfig, attach_router, detach_router, load_checkpoint
-from dylo_moe.errors import ForeignTensor, InvalidField, RoutingError, ShapeMismatch
+from dylo_moe.conversion import convert_checkpoint
+from dylo_moe.errors import ConversionError, ForeignTensor, InvalidField, RoutingError, ShapeMismatch
+from dylo_moe.formats import read_checkpoint
 from tests.unit.runtime.tiny_peft import VOCABULARY, load, logits, stock, write_adapter, write_bases
 
 PLAIN = {"r": 3, "target_modules": ["q_proj", "up_proj"]}
@@ -30,6 +34,7 @@ BAGS = {
         ],
         True,
     ),
+    "readout": ("qwen", [{"r": 2, "target_modules": ["q_proj", "lm_head"]}, PLAIN], True),
     "lora_bias": ("qwen", [{**PLAIN, "lora_bias": True}, PLAIN, {**PLAIN, "lora_bias": True}], True),
     "biases": ("qwen", [{**PLAIN, "bias": "all"}, {**PLAIN, "bias": "lora_only"}, PLAIN], False),
     "biases of norms": ("gpt2", [{**GPT2, "bias": "all"}, GPT2], False),
@@ -302,3 +307,47 @@ def test_stock_biases_of_an_attached_model_are_refused_with_the_way_out(bases):
     assert isinstance(peft_model, PeftModel)
     with pytest.raises(RoutingError, match="bias='lora_only'.*load_checkpoint"):
         attach_router(peft_model, None, MoELoraConfig(num_experts=1))
+
+
+def test_a_base_weight_that_peft_saved_beside_a_readout_is_compared_and_forgotten(bags):
+    directory, base = bags("readout")
+    (name,) = repeated_keys(directory / "expert_0")
+    for dtype in (None, torch.bfloat16):
+        model = load_checkpoint(directory, base_model=str(base), dtype=dtype)
+        assert not any(expert.repeated for expert in model.checkpoint.experts)
+        assert [w for w in model.checkpoint.warnings if "lm_head.weight" in w] == [
+            "expert_0 repeats the base weight lm_head.weight, which is the base model's own"
+        ], name
+
+
+@pytest.mark.parametrize("change", [lambda t: t * (1 + 1e-6), lambda t: t[:-1].contiguous()])
+def test_a_base_weight_that_is_not_the_base_models_is_refused(bags, tmp_path, change):
+    directory, base = bags("readout")
+    copied = shutil.copytree(directory, tmp_path / "bag")
+    (name,) = repeated_keys(copied / "expert_0")
+    file = copied / "expert_0" / "adapter_model.safetensors"
+    save_file({key: change(t) if key == name else t for key, t in load_file(file).items()}, file, metadata={"format": "pt"})
+    with pytest.raises(ForeignTensor, match="expert_0: lm_head.weight: found a base weight that is not the base model's"):
+        load_checkpoint(copied, base_model=str(base))
+
+
+def test_a_base_weight_of_a_module_without_a_pair_is_refused(bags, tmp_path):
+    directory, base = bags("patterns")
+    copied = shutil.copytree(directory, tmp_path / "bag")
+    file = copied / "expert_0" / "adapter_model.safetensors"
+    extra = {"base_model.model.lm_head.base_layer.weight": torch.ones(3, 3)}
+    save_file(load_file(file) | extra, file, metadata={"format": "pt"})
+    with pytest.raises(ForeignTensor, match="lm_head.base_layer.weight"):
+        load_checkpoint(copied, base_model=str(base))
+
+
+def test_conversion_leaves_comparing_base_weights_to_loading(bags, tmp_path):
+    directory, base = bags("readout")
+    with pytest.raises(ConversionError, match="expert_0: lm_head.weight.*save_pretrained"):
+        convert_checkpoint(read_checkpoint(directory), tmp_path / "out", to="dylora")
+    load_checkpoint(directory, base_model=str(base)).save_pretrained(tmp_path / "saved")
+    assert load_checkpoint(tmp_path / "saved", base_model=str(base)).checkpoint.format == "dylo-moe"
+
+
+def repeated_keys(directory) -> list[str]:
+    return [key for key in load_file(directory / "adapter_model.safetensors") if ".base_layer." in key]
