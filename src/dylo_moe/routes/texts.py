@@ -98,9 +98,14 @@ def _from_json(path: Path, number: int, line: str) -> Text:
 
 def _parsed(path: Path, number: int, line: str, error: type[Exception]) -> Any:
     try:
-        return json.loads(line)
+        record = json.loads(line)
     except (ValueError, RecursionError) as problem:
         raise error(f"{path}:{number}: not JSON: {problem}") from None
+    try:
+        json.dumps(record, ensure_ascii=False).encode()
+    except UnicodeEncodeError:
+        raise error(f"{path}:{number}: half of a surrogate pair, which is no text") from None
+    return record
 
 
 def _lines(path: Path, error: type[Exception]) -> Iterator[tuple[int, str]]:

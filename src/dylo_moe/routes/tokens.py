@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from transformers import PreTrainedTokenizerBase
+from transformers.convert_slow_tokenizer import bytes_to_unicode
 
 from dylo_moe.decoder import PeftMoEDecoder
 from dylo_moe.prompts import chat_prompt
@@ -13,6 +14,7 @@ from dylo_moe.routes.observing import Tokens
 from dylo_moe.routes.texts import Text
 
 _MARKS = {" ": "·", "\n": "⏎\n", "\t": "⇥"}
+_BYTES = {char: byte for byte, char in bytes_to_unicode().items()}  # how byte-level tokenizers name their tokens
 _WORD_START = "▁"  # how SentencePiece writes the space before a word, which decoding one token alone drops
 
 
@@ -70,6 +72,8 @@ def pieces(tokenizer: PreTrainedTokenizerBase, ids: Sequence[int]) -> list[Piece
 
 def _text(tokenizer: PreTrainedTokenizerBase, number: int, name: str) -> str:
     text = tokenizer.decode([number], clean_up_tokenization_spaces=False)
+    if "\ufffd" in text and all(char in _BYTES for char in name):  # a part of a character
+        return bytes(_BYTES[char] for char in name).decode("utf-8", "backslashreplace")
     return f" {text}" if name.startswith(_WORD_START) and not text.startswith(" ") else text
 
 
