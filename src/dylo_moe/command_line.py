@@ -83,6 +83,7 @@ def add_decoding(group: argparse._ArgumentGroup) -> None:
     for name in ("greedy", "resume", "force-base-prompt", "trust-remote-code"):
         add_flag(group, name)
     group.add_argument("--assume", action="append", metavar="NAME=VALUE", help=ASSUME)
+    group.add_argument("--ray", metavar="ADDRESS", help="generate on a Ray cluster: HOST:PORT, ray://HOST:PORT, auto or local")
 
 
 def add_scoring(parser: argparse.ArgumentParser) -> None:

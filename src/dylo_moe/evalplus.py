@@ -21,6 +21,7 @@ if TYPE_CHECKING:
     from dylo_moe.scoring import Limits
 
 BACKEND = "peft_moe"
+_NOT_DECODER = ("routing_strategy", "shard", "ray")  # options of ours that PeftMoEDecoder does not take as they are
 # EvalPlus 0.3.1, codegen.py: its sentences around a task in a chat prompt.
 INSTRUCTION_PREFIX = "Please provide a self-contained Python script that solves the following problem in a markdown code block:"
 RESPONSE_PREFIX = (
@@ -118,19 +119,21 @@ def run_codegen(  # noqa: PLR0913  (EvalPlus's signature, and ours after it)
     device_map: Any = None,
     assume: Mapping[str, Any] | None = None,
     shard: str | None = None,
+    ray: str | None = None,
 ) -> str:
     """EvalPlus's `run_codegen`; with backend="peft_moe" samples go through a journal (see samples.py).
 
     A run continues the samples of an earlier one with the same weights, base, strategy, tasks, options and versions, and of
     no other; n_samples, id_range and bs may differ. greedy means temperature 0 and one sample, except that "round_robin"
     keeps its n_samples, one expert each. shard "2/4" makes the second quarter of the tasks, in files of its own, which
-    `shards.merge_shards` (`dylo-moe merge`) makes a whole run of.
+    `shards.merge_shards` (`dylo-moe merge`) makes a whole run of. ray is the address of a Ray cluster whose machines generate:
+    "host:port", "ray://host:port", "auto" or "local".
 
     Returns:
         The path of the sample file.
 
     Raises:
-        OptionError, ArtifactError, CheckpointError, TaskSetError, PromptError, SampleFileError: one line each.
+        OptionError, ArtifactError, CheckpointError, TaskSetError, PromptError, SampleFileError, ClusterError: one line each.
     """
     given = dict(locals())
     if backend != BACKEND:
@@ -139,7 +142,7 @@ def run_codegen(  # noqa: PLR0913  (EvalPlus's signature, and ours after it)
         ours = {name: given.pop(name) for name in _own_options(run_codegen)}
         _refuse_ours(run_codegen, ours, backend)
         return stock(**given)
-    from dylo_moe.generating import generate_samples
+    from dylo_moe.spreading import generate_samples
 
     generation = plan_generation(given, (routing_strategy,))
     return str(generate_samples(generation, Path(root) / dataset)[routing_strategy])
@@ -166,7 +169,7 @@ def plan_generation(options: Mapping[str, Any], strategies: Sequence[str], task_
     from dylo_moe.generating import Generation
     from dylo_moe.journal import parse_shard
 
-    ours = {name: given[name] for name in _own_options(run_codegen) if name not in ("routing_strategy", "shard")}
+    ours = {name: given[name] for name in _own_options(run_codegen) if name not in _NOT_DECODER}
     shared = ("dataset", "force_base_prompt", "attn_implementation", "trust_remote_code", "dtype")
     return Generation(
         task_set=task_set or load_tasks(given["dataset"], version=given["version"]),
@@ -187,6 +190,7 @@ def plan_generation(options: Mapping[str, Any], strategies: Sequence[str], task_
         },
         strategies=tuple(strategies),
         shard=None if given["shard"] is None else parse_shard(given["shard"]),
+        ray=given["ray"],
     )
 
 

@@ -28,7 +28,7 @@ def evaluate_strategies(
     Raises:
         As `generate_samples` and `score_files`.
     """
-    from dylo_moe.generating import generate_samples
+    from dylo_moe.spreading import generate_samples
 
     files = generate_samples(generation, directory)
     return score_files(files, generation.task_set, generation.task_ids(), limits, parallel=parallel, sandbox=sandbox)

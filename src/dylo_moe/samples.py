@@ -27,7 +27,7 @@ from dylo_moe.atomic import flush_to_disk, remove_leftovers, write_atomically
 from dylo_moe.errors import SampleFileError
 from dylo_moe.identity import identity_hash
 from dylo_moe.journal import Content, Plan, Record, plan_line, read_journal, shard_name
-from dylo_moe.journal_lines import checked_line
+from dylo_moe.journal_lines import checked_line, whole_lines
 
 _LABEL_LENGTH = 80
 
@@ -124,6 +124,23 @@ class SampleJournal:
         self._write(b"".join(checked_line(asdict(record)) for record in records))
         for record in records:
             self._content.add(record, self.path)
+
+    def excerpt(self, task_ids: Iterable[str]) -> bytes:
+        """This journal with the samples of some tasks only, for a worker that continues them elsewhere."""
+        records = [record for task in task_ids for record in self.records.get(task, {}).values()]
+        return self._content.header() + b"".join(checked_line(asdict(record)) for record in records)
+
+    def absorb(self, lines: bytes) -> int:
+        """Adds what a worker wrote behind an excerpt: whole lines of samples. Returns how many.
+
+        Raises:
+            SampleFileError: as `append`; or a line is damaged.
+        """
+        payloads, good = whole_lines(lines, self.path)
+        if good != len(lines):
+            raise SampleFileError(f"{self.path}: what a worker sent is damaged after {len(payloads)} samples")
+        self.append([Record(**payload) for payload in payloads])
+        return len(payloads)
 
     def export(
         self, task_order: Iterable[str], n_samples: int, versions: Mapping[str, str], *, chosen: Iterable[str] = ()

@@ -178,7 +178,7 @@ def _tasks(dataset: str, options: Mapping[str, Any]) -> TaskSet:
 
 
 def _generate(plan: BenchmarkPlan, task_set: TaskSet, directory: Path) -> dict[str, Path]:
-    from dylo_moe.generating import generate_samples
+    from dylo_moe.spreading import generate_samples
 
     if plan.backend == HF:
         return {HF: generate_stock(plan.model, task_set, plan.decoding, directory)}

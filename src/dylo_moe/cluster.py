@@ -1,0 +1,147 @@
+"""A Ray cluster: how it is reached, who may reach it, and what it has to work with."""
+
+from __future__ import annotations
+
+import ipaddress
+import logging
+import os
+import socket
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+from urllib.parse import urlsplit
+
+from dylo_moe.errors import ClusterError, OptionError
+
+CONNECT_SECONDS = 10.0
+# Ray takes 127.0.0.1 for this machine's outer address, but leaves the rest of 127.0.0.0/8 alone; see docs/findings.md.
+LOOPBACK = "127.0.0.2"
+_FORMS = "HOST:PORT, ray://HOST:PORT, auto or local"
+_TOKEN = "set RAY_AUTH_MODE=token, and RAY_AUTH_TOKEN or RAY_AUTH_TOKEN_PATH, here and on every machine of the cluster"
+
+
+@dataclass(frozen=True)
+class Slots:
+    """Where workers run. count: how many at once; cpus, gpus: what each of them gets; device: "cuda" or "cpu"."""
+
+    count: int
+    cpus: int
+    gpus: int
+
+    @property
+    def device(self) -> str:
+        return "cuda" if self.gpus else "cpu"
+
+
+@contextmanager
+def connected(address: str) -> Iterator[Slots]:
+    """A connection to a cluster, closed at the end.
+
+    Args:
+        address: "host:port" from a machine of the cluster, "ray://host:port" from any other, "auto" for the cluster that
+            RAY_ADDRESS names or that this machine belongs to, "local" for one of this machine alone, started now.
+
+    Raises:
+        OptionError: Ray is not installed; no such form of address; an address beyond this machine without a token.
+        ClusterError: no cluster answers there, or it has neither processors nor GPUs.
+    """
+    try:
+        import ray
+    except ImportError:
+        raise OptionError("a Ray cluster needs Ray: pip install 'dylo-moe[ray]'") from None
+    address = os.environ.get("RAY_ADDRESS", "auto") if address == "auto" else address
+    check_address(address)
+    if ray.is_initialized():
+        raise OptionError(f"{address}: this process is connected to a Ray cluster already")
+    options: dict[str, Any] = {"log_to_driver": False, "logging_level": logging.ERROR}
+    if address == "local":
+        options |= {"include_dashboard": False, "_node_ip_address": LOOPBACK}
+    try:
+        ray.init(address=address, **options)
+    except (ConnectionError, RuntimeError, ValueError, ray.exceptions.RayError) as error:
+        raise ClusterError(f"{address}: no Ray cluster to work with: {error}") from None
+    try:
+        if address == "auto":
+            _require_token(ray.get_runtime_context().gcs_address)
+        yield find_slots([node["Resources"] for node in ray.nodes() if node["Alive"]], address)
+    finally:
+        ray.shutdown()
+
+
+def find_slots(machines: list[dict[str, float]], address: str) -> Slots:
+    """One worker per GPU; where there is none, one per machine with all processors of the smallest.
+
+    Args:
+        machines: what each machine has, as Ray says it: {"CPU": 8.0, "GPU": 1.0}.
+
+    Raises:
+        ClusterError: nothing to work with.
+    """
+    gpus = sum(int(machine.get("GPU", 0)) for machine in machines)
+    if gpus:
+        return Slots(gpus, 0, 1)
+    processors = [int(machine["CPU"]) for machine in machines if machine.get("CPU", 0) >= 1]
+    if not processors:
+        raise ClusterError(f"{address}: {len(machines)} machines, but no processor and no GPU that Ray may use")
+    smallest = min(processors)
+    return Slots(sum(count // smallest for count in processors), smallest, 0)
+
+
+def check_address(address: str) -> None:
+    """Whether something listens there, and whether it may be used.
+
+    Raises:
+        OptionError, ClusterError: as `connected`.
+    """
+    if address in ("auto", "local"):
+        return
+    parts = urlsplit(address if "://" in address else f"gcs://{address}")
+    try:
+        host, port = parts.hostname, parts.port
+    except ValueError:
+        host = port = None
+    if not host or not port or parts.scheme not in ("ray", "gcs") or parts.path:
+        raise OptionError(f"ray {address!r}, but should be {_FORMS}")
+    _require_token(address, host)
+    if parts.scheme == "gcs" and host in ("localhost", "127.0.0.1", "::1"):
+        _check_outer(address, port)
+    else:
+        _check_answers(address, host, port)
+
+
+def _require_token(address: str, host: str | None = None) -> None:
+    if _is_loopback(address, host or address.rpartition(":")[0].strip("[]")):
+        return
+    paths = (os.environ.get("RAY_AUTH_TOKEN_PATH"), Path.home() / ".ray" / "auth_token")
+    has_token = os.environ.get("RAY_AUTH_TOKEN") or any(path and Path(path).is_file() for path in paths)
+    if os.environ.get("RAY_AUTH_MODE", "").lower() != "token" or not has_token:
+        raise OptionError(f"{address}: whoever reaches a Ray cluster without a token runs code on it; {_TOKEN}")
+
+
+def _is_loopback(address: str, host: str) -> bool:
+    try:
+        found = socket.getaddrinfo(host, None)
+    except OSError as error:
+        raise ClusterError(f"{address}: {error.strerror}") from None
+    return all(ipaddress.ip_address(entry[4][0]).is_loopback for entry in found)
+
+
+def _check_outer(address: str, port: int) -> None:
+    """Ray puts this machine's outer address for 127.0.0.1, and waits for minutes where nothing listens there."""
+    import ray.util
+
+    outer = ray.util.get_node_ip_address()
+    try:
+        _check_answers(address, outer, port)
+    except ClusterError:
+        advice = f"a cluster of this machine alone needs ray start --head --node-ip-address={LOOPBACK} and {LOOPBACK}:{port}"
+        raise ClusterError(f"{address}: Ray asks {outer}:{port} for it, where nothing answers; {advice}, or local") from None
+
+
+def _check_answers(address: str, host: str, port: int) -> None:
+    try:
+        socket.create_connection((host, port), timeout=CONNECT_SECONDS).close()
+    except OSError as error:
+        raise ClusterError(f"{address}: nothing answers there: {error.strerror or error}") from None

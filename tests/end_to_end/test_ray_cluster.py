@@ -1,0 +1,86 @@
+"""A Ray cluster of two machines, played by this one on its loopback: the samples are those of one process, whoever dies."""
+
+from __future__ import annotations
+
+import threading
+import time
+from importlib.util import find_spec
+from pathlib import Path
+
+import pytest
+
+from dylo_moe.cluster import LOOPBACK
+from dylo_moe.evalplus import plan_generation
+from dylo_moe.spreading import generate_samples
+from harness.specimens import write_base, write_checkpoint
+from harness.specimens.tasks import TASKS, write_task_set
+
+pytestmark = pytest.mark.skipif(find_spec("ray") is None, reason="Ray is not installed: pip install 'dylo-moe[ray]'")
+STRATEGIES = ("router", "single:1", "round_robin")
+
+
+@pytest.fixture(scope="module")
+def environment():
+    """Before Ray is imported, which reads it then."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("RAY_AUTH_MODE", "token")
+        patch.setenv("RAY_AUTH_TOKEN", "0123456789abcdef" * 2)
+        patch.setenv("OMP_NUM_THREADS", "1")
+        patch.delenv("RAY_ADDRESS", raising=False)
+        yield patch
+
+
+@pytest.fixture(scope="module")
+def machines(environment):
+    """Two machines of one processor each, and the second one's handle."""
+    from ray.cluster_utils import Cluster
+
+    sizes = {"num_cpus": 1, "node_ip_address": LOOPBACK, "object_store_memory": 80 << 20}
+    cluster = Cluster(initialize_head=True, head_node_args={**sizes, "include_dashboard": False})
+    yield cluster, cluster.add_node(**sizes)
+    cluster.shutdown()
+
+
+@pytest.fixture(scope="module")
+def checkpoint(tmp_path_factory, environment):
+    place = tmp_path_factory.mktemp("ray")
+    base = write_base(place / "base", "llama")
+    environment.setenv("HUMANEVAL_OVERRIDE_PATH", str(write_task_set(place / "tasks", "humaneval", TASKS[:6])))
+    return write_checkpoint(place / "checkpoint", base, num_experts=2)
+
+
+def planned(checkpoint, **options):
+    options = {"model": str(checkpoint), "dataset": "humaneval", "temperature": 0.8, "dtype": "float32", **options}
+    return plan_generation({"n_samples": 2, "max_new_tokens": 24, **options}, STRATEGIES)
+
+
+def exports(place: Path) -> dict[str, bytes]:
+    return {path.name: path.read_bytes() for path in place.iterdir() if ".json" in path.suffixes or ".jsonl" in path.suffixes}
+
+
+def test_machine_lost_in_the_middle_changes_nothing(machines, checkpoint, tmp_path):
+    cluster, second = machines
+    generate_samples(planned(checkpoint), tmp_path / "one")
+    place = tmp_path / "cluster"
+    lost = []
+
+    def lose() -> None:
+        deadline = time.monotonic() + 240
+        while time.monotonic() < deadline and not lost:
+            lines = sum(path.read_bytes().count(b"\n") for path in place.glob("*.journal"))
+            if lines >= len(STRATEGIES) + 4:  # both machines are at work
+                cluster.remove_node(second, allow_graceful=False)
+                lost.append(lines)
+            time.sleep(0.01)
+
+    killer = threading.Thread(target=lose)
+    killer.start()
+    try:
+        files = generate_samples(planned(checkpoint, ray=cluster.address), place)
+    finally:
+        lost.append(None)
+        killer.join()
+    assert lost[0] is not None and lost[0] < len(STRATEGIES) * 13
+    assert list(files) == list(STRATEGIES)
+    assert exports(place) == exports(tmp_path / "one")
+    assert len(exports(place)) == 3 * len(STRATEGIES)
