@@ -13,10 +13,10 @@ from typing import Any
 
 from dylo_moe.errors import SampleFileError, TaskSetError
 from dylo_moe.identity import versions
-from dylo_moe.scoring import Limits, Sample, Score
+from dylo_moe.scoring import PASS, Limits, Sample, Score
 from dylo_moe.tasks import TaskSet
 
-SCHEMA = 1
+SCHEMA = 2
 KS = (1, 10, 100)
 _NAMED = 8
 
@@ -112,7 +112,7 @@ def summarise(
 
     Returns:
         "pass@k": by all tests that ran; "base" and "plus" (None with base_only): pass@k by part, as EvalPlus reports them;
-        "stock": the same with EvalPlus's own statuses; "differences": samples whose status differs, and why;
+        "stock": the same with EvalPlus's own statuses; "differences": samples that only one of us passes, and why;
         "sandbox": the level that generated code ran in;
         "eval": per task and sample, with EvalPlus's keys; "hash": EvalPlus's hash of the task file.
     """
@@ -151,7 +151,7 @@ def _pass_at_k(by_task: dict[str, list[Score]], which: str, limits: Limits) -> d
 
 def _differences(item: Score) -> Iterable[dict[str, Any]]:
     for part, found in item.parts.items():
-        if found["stock"] != found["ours"]:
+        if (found["stock"] == PASS) != (found["ours"] == PASS):
             where = {"task_id": item.sample.task_id, "sample": item.sample.index, "tests": part}
             yield {**where, **{name: found[name] for name in ("stock", "ours", "reason")}}
 

@@ -11,7 +11,7 @@ import pytest
 
 from dylo_moe import results
 from dylo_moe.errors import ScoringError, TaskSetError
-from dylo_moe.scoring import Limits, Sample, score
+from dylo_moe.scoring import Limits, Sample, Scorer, score
 from dylo_moe.tasks import load_tasks
 from dylo_moe.worker import Worker, WorkerGone
 from harness.specimens.tasks import TASKS, write_records, write_task_set
@@ -75,7 +75,7 @@ def test_code_that_breaks_off_loops_or_kills_does_not_hurt_the_samples_after_it(
     noise = "import os\ndef double(x):\n    os.write(1, b'{\"base\": 1}\\n')\n    return 2 * x\n"
     solutions = ["def double(", "def double(x):\n    while True: pass\n", kill, "raise SystemExit", noise]
     found = statuses(tasks, *solutions, "def double(x):\n    return x + x\n")
-    assert found == [("fail", "fail")] * 4 + [("pass", "pass")] * 2
+    assert found == [("fail", "fail"), ("fail", "timeout"), ("fail", "fail"), ("fail", "fail"), *[("pass", "pass")] * 2]
 
 
 def test_sample_that_ran_out_of_time_is_measured_again_alone(monkeypatch, tmp_path):
@@ -87,19 +87,20 @@ def test_sample_that_ran_out_of_time_is_measured_again_alone(monkeypatch, tmp_pa
         "    if not here.exists():\n        here.touch()\n        time.sleep(9)\n    return 2 * x\n"
     )
     samples = [Sample("HumanEval/0", 0, slow_once), Sample("HumanEval/0", 1, "def double(x):\n    return 0\n")]
-    slow, wrong = score(tasks, samples, Limits(base_only=True, min_time_limit=1.0))
+    with Scorer(tasks, Limits(base_only=True, min_time_limit=1.0), sandbox="none") as scorer:  # in one it could leave no mark
+        slow, wrong = scorer.score(samples)
     assert slow.measured_alone and slow.passed("ours", ["base"])
     assert not wrong.measured_alone and not wrong.passed("ours", ["base"])
 
 
-def test_inputs_that_take_long_are_checked_in_several_runs(monkeypatch, tmp_path):
+def test_inputs_that_take_long_are_run_in_one_process(monkeypatch, tmp_path):
     body = "    import time\n    time.sleep(x[0])\n    return x[1]\n"
     tasks = task_set(monkeypatch, tmp_path, task(0, "f", body, [[[3, 1]], [[3, 2]], [[0, 3]]]))
     wrong = "calls = []\ndef f(x):\n    calls.append(x)\n    return x[1] if len(calls) == 1 else 0\n"  # fails its second call
     (score_of_wrong, score_of_right) = score(
         tasks, [Sample("HumanEval/0", 0, wrong), Sample("HumanEval/0", 1, "def f(x):\n    return x[1]\n")], Limits(base_only=True)
     )
-    assert score_of_wrong.parts["base"]["failed"] == [[[0, 3]]]
+    assert score_of_wrong.parts["base"]["failed"] == [[[3, 2]]]
     assert score_of_right.passed("ours", ["base"])
 
 
@@ -167,7 +168,7 @@ def test_child_that_does_not_answer_is_killed_and_replaced():
         with pytest.raises(WorkerGone, match="within 1 s") as gone:
             worker.ask({"dataset": "humaneval", "task": loop}, 1)
         assert gone.value.late
-        assert worker.ask({"dataset": "humaneval", "task": task(0, "f", "    return x\n", [[0]])}, 60) == {"runs": 4}
+        assert worker.ask({"dataset": "humaneval", "task": task(0, "f", "    return x\n", [[0]])}, 60)["seconds"].keys() == {"base", "plus"}
 
 
 def summary(tasks, samples, limits=QUICK):

@@ -1,0 +1,82 @@
+"""What the outputs of a task should be, from its canonical solution."""
+
+from __future__ import annotations
+
+import json
+import time
+from copy import deepcopy
+from dataclasses import dataclass
+from typing import Any
+
+from evalplus.data.mbpp import mbpp_deserialize_inputs, mbpp_serialize_inputs
+
+from dylo_moe.comparison import Comparison
+from dylo_moe.sandbox.decoding import Damaged, decode
+from dylo_moe.sandbox.encoding import encode_and_ask
+
+PARTS = ("base", "plus")
+
+
+@dataclass(frozen=True)
+class Answer:
+    """One expected output. certain: an output of the same bytes is right without looking at the values."""
+
+    data: bytes
+    certain: bool
+    seconds: float
+
+
+class Truth:
+    """One task: its inputs by part, and an Answer for each. Runs the canonical solution, and nothing else ever.
+
+    Raises whatever the canonical solution raises.
+    """
+
+    def __init__(self, dataset: str, record: dict[str, Any]) -> None:
+        self.dataset = dataset
+        self.id: str = record["task_id"]
+        self.entry_point: str = record["entry_point"]
+        self.atol: float = record["atol"]
+        self.canonical: str = record["prompt"] + record["canonical_solution"]
+        self.comparison = Comparison(dataset, self.entry_point, self.atol)
+        names: dict[str, Any] = {}
+        exec(self.canonical, names)
+        function = names[self.entry_point]
+        self.inputs: dict[str, list[list]] = {}
+        self.answers: dict[str, list[Answer]] = {}
+        for part in PARTS:
+            inputs = record[f"{part}_input"]
+            self.inputs[part] = list(mbpp_deserialize_inputs(self.id, inputs) if dataset == "mbpp" else inputs)
+            self.answers[part] = [self._answer(function, arguments) for arguments in self.inputs[part]]
+
+    @property
+    def size(self) -> int:
+        """Bytes that the answers take."""
+        return sum(len(answer.data) for answers in self.answers.values() for answer in answers)
+
+    def seconds(self, part: str) -> list[float]:
+        return [answer.seconds for answer in self.answers[part]]
+
+    def right(self, part: str, index: int, data: bytes) -> bool:
+        """Whether these bytes are a right output for that input."""
+        answer = self.answers[part][index]
+        if answer.certain and data == answer.data:
+            return True
+        try:
+            out = decode(data)
+        except Damaged:
+            return False
+        return self.comparison.right(deepcopy(self.inputs[part][index]), decode(answer.data), out)
+
+    def readable(self, inputs: list[list]) -> list:
+        """Inputs as EvalPlus writes them into its results."""
+        inputs = mbpp_serialize_inputs(self.id, inputs) if self.dataset == "mbpp" else inputs
+        return json.loads(json.dumps(inputs, default=repr))
+
+    def _answer(self, function: Any, arguments: list) -> Answer:
+        arguments = deepcopy(arguments)
+        begin = time.monotonic()
+        value = function(*arguments)
+        seconds = time.monotonic() - begin
+        data, reflexive = encode_and_ask(self.comparison.expected(value))
+        return Answer(data, reflexive and not self.comparison.special, seconds)
