@@ -7,7 +7,7 @@ import json
 import sys
 from collections.abc import Sequence
 
-from dylo_moe import benchmark, expert_analysis
+from dylo_moe import benchmark, expert_analysis, routing_analysis
 from dylo_moe.command_line import (
     DATASETS,
     Parser,
@@ -23,6 +23,7 @@ from dylo_moe.command_line import (
 COMMANDS = {
     "benchmark": (benchmark, "score a checkpoint; compare its strategies, and its base model, task by task"),
     "expert-analysis": (expert_analysis, "compare the experts, and the router's choices with the best ones"),
+    "routing-analysis": (routing_analysis, "see which expert the router chooses for which task, position, layer and token"),
 }
 TARGETS = ("dylora", "dylo-moe", "xlora", "bag", "peft-lora")
 

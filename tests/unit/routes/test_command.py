@@ -41,7 +41,7 @@ def run(capsys, *words):
 
 
 def test_task_set_with_generated_answers_gives_all_files(root, humaneval, tmp_path, capsys):
-    words = ("--dataset", "humaneval", "--max_samples", 2, "--generate", 3, "--output", tmp_path / "out", "--batch-size", 1)
+    words = ("--dataset", "humaneval", "--max_samples", 2, "--generate", 3, "--output-dir", tmp_path / "out", "--bs", 1)
     code, out, _ = run(capsys, "--model", root / "arrow", "--dtype", "float32", *words)
     assert code == 0
     document = json.loads((tmp_path / "out" / "routing_analysis.json").read_text())
@@ -67,7 +67,7 @@ def test_hostile_texts_and_names_are_shown_and_not_interpreted(root, tmp_path, c
         "float32",
         "--texts",
         root / "texts.jsonl",
-        "--output",
+        "--output-dir",
         tmp_path,
         "--show",
         1,
@@ -88,7 +88,7 @@ def test_hostile_texts_and_names_are_shown_and_not_interpreted(root, tmp_path, c
 def test_samples_are_looked_at_and_json_goes_to_stdout_alone(root, humaneval, tmp_path, capsys):
     samples = tmp_path / "samples.jsonl"
     samples.write_text(json.dumps({"task_id": "HumanEval/1", "completion": "    return 1\n"}) + "\n")
-    words = ("--dataset", "humaneval", "--samples", samples, "--output", tmp_path / "out", "--json")
+    words = ("--dataset", "humaneval", "--samples", samples, "--output-dir", tmp_path / "out", "--json")
     code, out, err = run(capsys, "--model", root / "hybrid", "--dtype", "float32", *words)
     document = json.loads(out)
     assert code == 0 and document == json.loads((tmp_path / "out" / "routing_analysis.json").read_text())
@@ -103,7 +103,7 @@ def test_samples_are_looked_at_and_json_goes_to_stdout_alone(root, humaneval, tm
         (("--model", "{root}/hybrid", "--texts", "{root}/missing.txt"), "missing.txt"),
         (("--model", "{root}/nowhere", "--texts", "{root}/texts.jsonl"), "nowhere"),
         (("--texts", "{root}/texts.jsonl"), "--model or --wandb-artifact"),
-        (("--model", "{root}/hybrid", "--texts", "{root}/texts.jsonl", "--batch-size", "0"), "--batch-size 0"),
+        (("--model", "{root}/hybrid", "--texts", "{root}/texts.jsonl", "--bs", "0"), "--bs 0"),
         (("--model", "{root}/hybrid"), "--dataset --texts is required"),
     ],
 )
