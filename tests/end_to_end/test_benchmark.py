@@ -17,7 +17,7 @@ from harness.specimens.competence import Planted, plant
 from harness.specimens.tasks import TASKS, write_task_set
 
 GROUP = 4  # tasks of each of the two experts
-OPTIONS = ["--dtype", "float32", "--max_new_tokens", "96", "--parallel", "2"]
+OPTIONS = ["--dtype", "float32", "--max_new_tokens", "48", "--parallel", "1"]  # the longest planted answer has 39 tokens
 RUNS = ("base", "router", "single:0", "single:1")
 
 
