@@ -16,6 +16,7 @@ from harness.specimens import write_base, write_checkpoint
 from harness.subjects import find_subject
 
 LAWS = ("layer.equals_oracle", "model.routing_is_applied", "model.cached_decode_equals_recompute", "model.save_load_bitwise")
+UNCOUNTED = "speed.cached_generation_work"
 FLOAT64_LAWS = ("layer.gradients_equal_oracle", "layer.half_precision_error_at_most_twice_loop")
 
 
@@ -41,8 +42,8 @@ def test_a_correct_subject_raises_no_alarm(checkpoint, law):
     assert found == outcome.PASS, message
 
 
-@pytest.mark.parametrize("law", FLOAT64_LAWS)
-def test_laws_about_digits_that_the_kernel_decides_do_not_apply(checkpoint, law):
+@pytest.mark.parametrize("law", (*FLOAT64_LAWS, UNCOUNTED))
+def test_laws_about_digits_and_counts_that_the_kernel_decides_do_not_apply(checkpoint, law):
     found, message = judge(bench(checkpoint, find_subject("dylo-moe")), law)
     assert found == outcome.NOT_APPLICABLE and "quantised" in message
 
