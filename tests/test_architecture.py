@@ -71,6 +71,8 @@ JUDGED_ORDER = (
     "journal_lines",
     "journal",
     "samples",
+    "progress",
+    "recording",
     "shards",
     "generating",
     "cluster",

@@ -16,11 +16,12 @@ from dylo_moe.strategies import Strategy, prompt_losses
 
 @dataclass(frozen=True)
 class Wanted:
-    """One completion: sample `index`, from 0, of a prompt by a strategy."""
+    """One completion: sample `index`, from 0, of a prompt by a strategy. task_id is the caller's, and decides nothing."""
 
     prompt: str
     strategy: str
     index: int
+    task_id: str = ""
 
 
 @dataclass(frozen=True)

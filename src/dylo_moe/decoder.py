@@ -17,7 +17,7 @@ from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
 from dylo_moe.artifact import download_artifact
 from dylo_moe.batch import Request, Setting
-from dylo_moe.batching import complete
+from dylo_moe.batching import DEFAULT_ROWS, complete
 from dylo_moe.completions import Completion, Wanted, best_expert, rows_of
 from dylo_moe.errors import DyloMoeError, MissingFile, OptionError, PromptError, UnknownStrategy, one_line
 from dylo_moe.formats.base import resolve_base
@@ -48,7 +48,7 @@ class PeftMoEDecoder(DecoderBase):
         force_base_prompt: give the model the bare prompt although its tokenizer has a chat template.
         attn_implementation, device_map, dtype, trust_remote_code: as in `load_checkpoint`; without a device_map the model
             goes to the first CUDA device, where there is one.
-        batch_size: rows that are generated together; it does not change what is written.
+        batch_size: rows that are generated together; it does not change what is written. None for 32, on a GPU 128.
         temperature: 0 for greedy decoding, above 0 for sampling.
         max_new_tokens: the longest completion, in tokens.
         instruction_prefix, response_prefix: EvalPlus's sentences around the task in chat prompts.
@@ -71,7 +71,7 @@ class PeftMoEDecoder(DecoderBase):
         force_base_prompt: bool = False,
         attn_implementation: str = "eager",
         device_map: Any = None,
-        batch_size: int = 1,
+        batch_size: int | None = 1,
         temperature: float = 0.8,
         max_new_tokens: int = 768,
         dtype: str = "bfloat16",
@@ -82,10 +82,10 @@ class PeftMoEDecoder(DecoderBase):
         model: nn.Module | None = None,
         assume: Mapping[str, Any] | None = None,
     ) -> None:
-        _check_options(dataset, dtype, temperature=temperature, counts=(batch_size, max_new_tokens))
+        _check_options(dataset, dtype, temperature=temperature, counts=(1 if batch_size is None else batch_size, max_new_tokens))
         super().__init__(
             name=str(name),
-            batch_size=batch_size,
+            batch_size=batch_size or 1,
             temperature=temperature,
             max_new_tokens=max_new_tokens,
             dtype=dtype,
@@ -108,6 +108,7 @@ class PeftMoEDecoder(DecoderBase):
         self.model_format = checkpoint.format
         self.base_model_name = str(base_model or checkpoint.base_model or checkpoint.path)
         self.device = next(self.model.parameters()).device
+        self.batch_size = batch_size or DEFAULT_ROWS.get(self.device.type, DEFAULT_ROWS["cpu"])
         self.tokenizer = _load_tokenizer(self.model, base_model, trust_remote_code)
         check_strategy(routing_strategy, *_experts_and_router(self.model))
         self.eos = stop_strings(dataset, direct_completion=self.is_direct_completion())

@@ -183,7 +183,7 @@ def plan_generation(options: Mapping[str, Any], strategies: Sequence[str], task_
             "adapter_path": adapter_or_artifact(given["adapter_path"], given["wandb_artifact"]),  # once, here
             "wandb_artifact": None,
             "name": str(given["model"]),
-            "batch_size": given["bs"] or min(given["n_samples"], 32),
+            "batch_size": given["bs"],
             "temperature": temperature,
             "instruction_prefix": INSTRUCTION_PREFIX,
             "response_prefix": RESPONSE_PREFIX,

@@ -9,15 +9,16 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from evalplus.utils import progress
 
+from dylo_moe.completions import Wanted
 from dylo_moe.decoder import PeftMoEDecoder, check_strategy
 from dylo_moe.formats import Checkpoint, read_checkpoint
 from dylo_moe.formats.base import resolve_base
 from dylo_moe.identity import SCHEMA, checkpoint_identity, local_directory, versions
 from dylo_moe.journal import Record
+from dylo_moe.progress import Progress
+from dylo_moe.recording import Recorder
 from dylo_moe.samples import SampleJournal, sample_stem
-from dylo_moe.sanitizing import Sanitizer
 from dylo_moe.tasks import TaskSet
 
 # Options of the decoder that do not decide what is generated, and those that the hashes stand for.
@@ -91,7 +92,7 @@ def generate_samples(generation: Generation, directory: Path, fill: Fill | None 
             options = {"resume": generation.resume, "shard": generation.shard}
             journal = SampleJournal(directory, _stem(generation, strategy, identity), identity, **options)
             journals[strategy] = stack.enter_context(journal)
-        if any(_missing(generation, strategy, journal) for strategy, journal in journals.items()):
+        if _missing(generation, journals):
             if fill is None:
                 _fill(generation, journals, decoder or _load(generation))
             else:
@@ -138,36 +139,23 @@ def _stem(generation: Generation, strategy: str, identity: dict[str, Any]) -> st
     return sample_stem(label, [strategy, "peft_moe", f"temp_{generation.decoder['temperature']:g}"], identity)
 
 
-def _missing(generation: Generation, strategy: str, journal: SampleJournal) -> list[str]:
-    wanted = generation.samples_of(strategy)
-    return [task for task in generation.task_ids() if journal.count(task) < wanted]
+def _missing(generation: Generation, journals: dict[str, SampleJournal]) -> list[Wanted]:
+    """The samples that no journal has; all strategies of a task one after the other."""
+    wanted = []
+    for task_id in generation.task_ids():
+        prompt = generation.task_set.tasks[task_id]["prompt"].strip() + "\n"
+        for strategy, journal in journals.items():
+            indices = journal.missing(task_id, generation.samples_of(strategy))
+            wanted += [Wanted(prompt, strategy, index, task_id) for index in indices]
+    return wanted
 
 
 def _fill(generation: Generation, journals: dict[str, SampleJournal], decoder: PeftMoEDecoder) -> None:
-    with Sanitizer() as sanitizer, progress(generation.task_set.dataset) as bar:
-        for strategy, journal in journals.items():
-            decoder.routing_strategy = strategy
-            for task_id in bar.track(_missing(generation, strategy, journal), description=strategy):
-                notes = _fill_task(generation, task_id, journal, decoder, sanitizer)
-                for index, note in notes:
-                    bar.console.print(f"{task_id} sample {index}: {note}")
-
-
-def _fill_task(
-    generation: Generation, task_id: str, journal: SampleJournal, decoder: PeftMoEDecoder, sanitizer: Sanitizer
-) -> list[tuple[int, str]]:
-    task = generation.task_set.tasks[task_id]
-    prompt = task["prompt"].strip() + "\n"
-    have = journal.count(task_id)
-    texts = decoder.codegen(
-        prompt,
-        do_sample=not generation.greedy,
-        num_samples=generation.samples_of(decoder.routing_strategy) - have,
-        first_sample=have,
-    )
-    raw = [prompt + text if decoder.is_direct_completion() else text for text in texts]
-    clean = [sanitizer(text, task["entry_point"]) for text in raw]
-    journal.append(
-        Record(task_id, have + i, solution, text, note) for i, (text, (solution, note)) in enumerate(zip(raw, clean, strict=True))
-    )
-    return [(index, note) for index, (_, note) in enumerate(clean, start=have) if note]
+    tasks, wanted = generation.task_set.tasks, _missing(generation, journals)
+    label = f"{generation.task_set.dataset} {', '.join(generation.strategies)}"
+    with Progress(label, [one.task_id for one in wanted]) as progress, Recorder(progress.say) as recorder:
+        for done in decoder.complete_many(wanted, do_sample=not generation.greedy, tick=progress.tick):
+            one = done.wanted
+            text = one.prompt + done.text if decoder.is_direct_completion() else done.text
+            recorder.add(journals[one.strategy], Record(one.task_id, one.index, text, text), tasks[one.task_id]["entry_point"])
+            progress.finish(one.task_id)

@@ -181,7 +181,7 @@ print(run_codegen(**json.loads(sys.argv[1])))
 def test_killed_run_continues_to_what_an_undisturbed_run_writes(generate, checkpoint, tmp_path):
     undisturbed = generate(n_samples=3, max_new_tokens=40, root=str(tmp_path / "undisturbed"))
     options = {"model": str(checkpoint), "dataset": "humaneval", "root": str(tmp_path / "out"), "temperature": 0.8}
-    options |= {**MODEL_OPTIONS, "n_samples": 3, "max_new_tokens": 40}
+    options |= {**MODEL_OPTIONS, "n_samples": 3, "max_new_tokens": 40, "bs": 2}  # so that samples come two at a time
     process = subprocess.Popen([sys.executable, "-c", RUN, json.dumps(options)], stdout=subprocess.DEVNULL)
     deadline = time.monotonic() + 120
     while time.monotonic() < deadline:
