@@ -1,4 +1,4 @@
-"""The routed layer: y = W x + b + sum_e w_e s_e B_e A_e x, all experts in two matrix products.
+"""The routed layer: y = W x + b + sum_e w_e s_e B_e A_e x, the sum in the way that does the least work (`sums`).
 
 Experts that are not such a sum (DoRA) run one by one through PEFT's own code: y += w_e (f_e(x) - f(x)).
 
@@ -14,14 +14,20 @@ from numbers import Integral
 import torch
 from peft.tuners.lora import Linear as LoraLinear
 from torch import Tensor, nn
-from torch.nn import functional as F
+from transformers.pytorch_utils import Conv1D
 
 from dylo_moe.errors import RoutingError, UnknownExpert
+from dylo_moe.held import Held
 from dylo_moe.quantised import keep_scales
+from dylo_moe.spread import Spread
+from dylo_moe.sums import Sums, add_dense, add_grouped
 
 # None: adapters off. int: that expert alone. Tensor: (B|1, S|1, E) or (B, S, L, E). nn.Module: routes each layer's own input;
 # a ModuleList has one gate per layer, any other module is shared by all of them.
 Route = None | int | Tensor | nn.Module
+
+# Base layers whose output is nobody else's.
+_FRESH = (nn.Linear, Conv1D)
 
 # PEFT's layers that round an adapter's output to the base's dtype before they add it.
 _ROUNDS_DELTA = ("Linear4bit", "Linear8bitLt", "AwqLoraLinear", "EetqLoraLinear")
@@ -44,7 +50,10 @@ class Mixture:
         self.forced: int | Tensor | None = None
         self.kept_positions: int | Tensor | None = None  # the pass's logits_to_keep
         self.layer_weights: dict[int, Tensor] = {}
+        self.held: Held | None = None  # while nobody can change a weight
+        self._layouts: dict[tuple, tuple[Tensor, Tensor]] = {}
         self._routes: list[Route] = []
+        self._spreads: list[Spread | None] = []  # of the routes
 
     @property
     def num_experts(self) -> int:
@@ -62,9 +71,24 @@ class Mixture:
 
     def enter(self, route: Route) -> None:
         self._routes.append(route)
+        self._spreads.append(None)
 
     def leave(self) -> None:
         self._routes.pop()
+        self._spreads.pop()
+
+    def spread(self, weights: Tensor, shape: tuple[int, int]) -> Spread:
+        """The weights (B|1, S|1, E) over an input of (B, S); the route's own are worked out once.
+
+        With a graph they are worked out in each layer: a checkpointed block has to record the same when recomputed.
+        """
+        if torch.compiler.is_compiling():
+            return Spread(weights, shape, {})
+        if torch.is_grad_enabled() or not self._routes or weights is not self._routes[-1]:
+            return Spread(weights, shape, self._layouts)
+        if self._spreads[-1] is None or self._spreads[-1].shape != shape:
+            self._spreads[-1] = Spread(weights, shape, self._layouts)
+        return self._spreads[-1]
 
     @contextmanager
     def using(self, route: Route) -> Iterator[None]:
@@ -116,7 +140,6 @@ class RoutedLinear(LoraLinear):
         self.index = index
         self.is_readout = is_readout
         self.rounds_delta = type(layer).__name__ in _ROUNDS_DELTA
-        self._layout: tuple[tuple, Tensor, Tensor] | None = None
 
     def forward(self, x: Tensor, *args: object, **kwargs: object) -> Tensor:
         """x: (B, S, in) -> (B, S, out), mixed as the model's Mixture says."""
@@ -156,7 +179,8 @@ class RoutedLinear(LoraLinear):
     @property
     def experts_here(self) -> list[tuple[int, str]]:
         """(column of the routing weights, adapter name) of the experts that have an adapter on this layer."""
-        return [(e, name) for e, name in enumerate(self.mixture.expert_names) if name in self.lora_A]
+        here = self.lora_A
+        return [(e, name) for e, name in enumerate(self.mixture.expert_names) if name in here]
 
     def _weights_here(self, route: Tensor | nn.Module, x: Tensor) -> Tensor:
         if isinstance(route, nn.Module):
@@ -182,16 +206,17 @@ class RoutedLinear(LoraLinear):
         if not experts:
             return result
         self._check_shapes(x, weights)
-        # Weights times scalings in at least float32: they multiply the small (B, S, R) tensor, so precision is cheap here.
-        weights = weights.to(x.device, torch.promote_types(weights.dtype, torch.float32))
+        variants = [(e, name) for e, name in experts if name in self.lora_variant] if self.lora_variant else []
+        sums = [expert for expert in experts if expert not in variants] if variants else experts
+        weights = weights.to(x.device)
         x = self._cast_input_dtype(x, self.lora_A[experts[0][1]].weight.dtype)
-        sums = [(e, name) for e, name in experts if name not in self.lora_variant]
         if sums:
-            result = self._add_sums(result, x, weights, sums)
-        for e, name in experts:
-            if name in self.lora_variant:
-                output = self._run_variant(name, x, base)
-                result = (result + weights[..., e : e + 1] * (output - base)).to(result.dtype)
+            is_shared = result is base and (variants or self.base_layer._forward_hooks or type(self.base_layer) not in _FRESH)
+            result = self._add_sums(result.clone() if is_shared else result, x, weights, sums)
+        for e, name in variants:
+            output = self._run_variant(name, x, base)
+            wide = weights[..., e : e + 1].to(torch.promote_types(weights.dtype, torch.float32))
+            result = (result + wide * (output - base)).to(result.dtype)
         return result
 
     def _run_variant(self, name: str, x: Tensor, base: Tensor) -> Tensor:
@@ -201,21 +226,39 @@ class RoutedLinear(LoraLinear):
         return output
 
     def _add_sums(self, result: Tensor, x: Tensor, weights: Tensor, experts: list[tuple[int, str]]) -> Tensor:
-        """Adds the experts that are sums of deltas, all of them in two matrix products."""
-        columns, scales = self._stacked_rows(experts, weights)
-        dtype = self.lora_A[experts[0][1]].weight.dtype
-        hidden = self._shrink(x, [name for _, name in experts])  # (B, S, R)
-        hidden = (hidden * (weights.index_select(-1, columns) * scales)).to(dtype)
-        expand = torch.cat([self.lora_B[name].weight for _, name in experts], dim=1)  # (out, R)
-        if any(self.lora_bias[name] for _, name in experts):
+        """Adds the experts that are sums of deltas. result: nobody else's."""
+        if any(self.lora_bias.values()):
             result = self._add_lora_biases(result, weights, experts)
-        if result.dtype == dtype:
-            flat = torch.addmm(result.flatten(0, -2), hidden.flatten(0, -2), expand.t())
-            return flat.view(result.shape)
-        return (result + F.linear(hidden, expand)).to(result.dtype)
+        spread, sums = self.mixture.spread(weights, x.shape[:2]), self._sums(experts)
+        if self._drops_out(experts):
+            # Each expert draws its own mask, as it does in PEFT.
+            hidden = torch.cat([self.lora_A[name](self.lora_dropout[name](x)) for _, name in experts], dim=-1)
+            return add_dense(result, x, spread, sums, hidden)
+        # A weight of 0 that learns needs its expert's output; on a GPU, counting would make the host wait.
+        learns = torch.is_grad_enabled() and weights.requires_grad
+        if not learns and weights.device.type == "cpu" and not torch.compiler.is_compiling() and sums.cheaper_grouped(spread):
+            return add_grouped(result, x, spread, sums)
+        return add_dense(result, x, spread, sums)
+
+    def _sums(self, experts: list[tuple[int, str]]) -> Sums:
+        if self.mixture.held is not None and not torch.is_grad_enabled():
+            return self.mixture.held.sums_of(self, lambda: self._sums_now(experts))
+        return self._sums_now(experts)
+
+    def _sums_now(self, experts: list[tuple[int, str]]) -> Sums:
+        lora_A, lora_B, scaling = self.lora_A, self.lora_B, self.scaling
+        shrinks = [lora_A[name].weight for _, name in experts]
+        signature = tuple((e, scaling[name], len(shrink)) for (e, name), shrink in zip(experts, shrinks, strict=True))
+        return Sums(signature, shrinks, [lora_B[name].weight for _, name in experts])
+
+    def _drops_out(self, experts: list[tuple[int, str]]) -> bool:
+        dropouts = [self.lora_dropout[name] for _, name in experts] if self.training else []
+        return any(isinstance(dropout, nn.Dropout) and dropout.p > 0 for dropout in dropouts)
 
     def _add_lora_biases(self, result: Tensor, weights: Tensor, experts: list[tuple[int, str]]) -> Tensor:
         experts = [(e, name) for e, name in experts if self.lora_bias[name]]
+        if not experts:
+            return result
         biases = torch.stack([self.lora_B[name].bias * self.scaling[name] for _, name in experts])  # (experts, out)
         return (result + weights[..., [e for e, _ in experts]].to(biases.dtype) @ biases).to(result.dtype)
 
@@ -224,24 +267,6 @@ class RoutedLinear(LoraLinear):
         for part in (self.lora_A, self.lora_B, self.lora_magnitude_vector):
             if name in part:
                 yield from part[name].parameters()
-
-    def _shrink(self, x: Tensor, names: list[str]) -> Tensor:
-        dropouts = [self.lora_dropout[name] for name in names]
-        if self.training and any(isinstance(dropout, nn.Dropout) and dropout.p > 0 for dropout in dropouts):
-            # Each expert draws its own mask, as it does in PEFT.
-            return torch.cat([self.lora_A[n](dropout(x)) for n, dropout in zip(names, dropouts, strict=True)], dim=-1)
-        return F.linear(x, torch.cat([self.lora_A[name].weight for name in names]))
-
-    def _stacked_rows(self, experts: list[tuple[int, str]], weights: Tensor) -> tuple[Tensor, Tensor]:
-        """For each of the R stacked rows: its expert's column in the weights, and its expert's scaling. Both (R,)."""
-        rows = tuple((e, self.scaling[name]) for e, name in experts for _ in range(self.lora_A[name].weight.shape[0]))
-        key = (rows, weights.device, weights.dtype)
-        if self._layout is None or self._layout[0] != key:
-            with torch.inference_mode(False):  # kept for later passes, which may need gradients
-                columns = torch.tensor([e for e, _ in rows], device=weights.device)
-                scales = torch.tensor([scale for _, scale in rows], device=weights.device, dtype=weights.dtype)
-            self._layout = (key, columns, scales)
-        return self._layout[1], self._layout[2]
 
     def _check_shapes(self, x: Tensor, weights: Tensor) -> None:
         fits = x.dim() == 3 and weights.dim() == 3 and weights.shape[-1] == self.mixture.num_experts

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import inspect
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from enum import Enum
 from typing import Any
@@ -15,6 +15,7 @@ from transformers import DynamicCache, PreTrainedModel
 from dylo_moe.caches import feature_half
 from dylo_moe.errors import RoutingError
 from dylo_moe.formats.checkpoint import ROUTER_FEATURES
+from dylo_moe.held import Held, only_known_code
 from dylo_moe.routed import Mixture, Route, RoutedCheckpoint
 from dylo_moe.row_routes import RowRoutes
 
@@ -55,6 +56,7 @@ class Routing:
         self.last_weights: Tensor | None = None  # of the last pass, detached
         self._routed_by_router = False
         self._recordings: list[list[Tensor]] = []
+        self._takes_positions = "position_ids" in inspect.signature(causal_lm.forward).parameters
         self.removed = False
         self._handles = [
             causal_lm.register_forward_pre_hook(self._before, with_kwargs=True),
@@ -82,6 +84,19 @@ class Routing:
             self.mixture.forced = previous
 
     @contextmanager
+    def holding(self, model: nn.Module, options: Mapping[str, Any]) -> Iterator[None]:
+        """Around a generation with these options: stacks of experts are kept from step to step, if only known code runs in it.
+
+        model: all modules that take part.
+        """
+        previous = self.mixture.held
+        self.mixture.held = Held() if only_known_code(model, options) else None
+        try:
+            yield
+        finally:
+            self.mixture.held = previous
+
+    @contextmanager
     def recording(self) -> Iterator[list[Tensor]]:
         """Collects the router's weights of the passes inside, with their graph: the auxiliary loss needs it.
 
@@ -95,14 +110,19 @@ class Routing:
             self._recordings.pop()
 
     def _before(self, module: nn.Module, args: tuple, kwargs: dict[str, Any]) -> tuple[tuple, dict[str, Any]]:
-        kwargs = {**dict(zip(inspect.signature(module.forward).parameters, args, strict=False)), **kwargs}
+        if args:
+            kwargs = {**dict(zip(inspect.signature(module.forward).parameters, args, strict=False)), **kwargs}
+        else:
+            kwargs = dict(kwargs)
+        if self.mixture.held is not None:
+            self.mixture.held.check()
         weights, expert_id = kwargs.pop("routing_weights", None), kwargs.pop("expert_id", None)
         if isinstance(weights, Tensor) and not weights.is_floating_point():
             weights = weights.to(torch.float32)  # a one-hot row of integers is no list of expert ids
         if weights is not None and expert_id is not None:
             raise RoutingError("routing_weights and expert_id were both given, but should be one of them")
         rows, length = _rows_and_length(kwargs)
-        if "position_ids" in inspect.signature(module.forward).parameters:
+        if kwargs.get("position_ids") is None and self._takes_positions:
             _add_position_ids(kwargs)
         self._bind_checkpointing()
         given = weights if weights is not None else expert_id if expert_id is not None else self.mixture.forced

@@ -83,7 +83,7 @@ def generate_with_strategy(
         input_ids, attention_mask, options = _seeded(model, input_ids, attention_mask, rows, seeds, options)
         if chosen.kind == "best" and isinstance(route, Tensor):
             route = route.repeat_interleave(rows // len(route))
-    with model.routing.forcing(route):
+    with model.routing.forcing(route), model.routing.holding(model, options):
         return model.causal_lm.generate(input_ids, attention_mask=attention_mask, **options)
 
 
@@ -125,7 +125,7 @@ def _ensemble(
     if seeds is None and _samples(model, options):
         seeds = torch.randint(2**62, (rows,)).tolist()
     input_ids, attention_mask, options = _seeded(model, input_ids, attention_mask, rows, seeds, options, group_size=experts)
-    with model.routing.forcing(torch.arange(experts).repeat(rows)):
+    with model.routing.forcing(torch.arange(experts).repeat(rows)), model.routing.holding(model, options):
         output = model.causal_lm.generate(input_ids, attention_mask=attention_mask, **options)
     return output[::experts]
 

@@ -1,0 +1,73 @@
+"""Stacks of experts that are kept while nobody can change a weight, that is, inside of one generate().
+
+Outside, every pass reads the parameters themselves: a change through `.data`, NumPy or another tensor on that memory leaves no
+trace that could be looked for, so a stack that outlived such a change would be wrong and silent. Inside, only code that is known
+runs (`only_known_code`), and a change that leaves a trace is still looked for before each pass.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping
+from itertools import chain
+from typing import Any
+
+from peft.tuners.lora import Linear as LoraLinear
+from torch import Tensor, nn
+
+from dylo_moe.sums import Sums
+
+# Options of generate that bring code: lists of objects, objects, and what is not looked into.
+_LISTS = ("logits_processor", "stopping_criteria")
+_OBJECTS = ("past_key_values", "generation_config", "streamer")
+_FOREIGN = ("prefix_allowed_tokens_fn", "assistant_model", "custom_generate", "negative_prompt_ids", "synced_gpus")
+# Whose code changes no weight of a model that generates.
+_KNOWN = ("dylo_moe", "transformers", "torch", "peft", "accelerate")
+
+
+class Held:
+    """The stacks of one generation, made at first use."""
+
+    def __init__(self) -> None:
+        self._sums: dict[int, Sums] = {}
+        self._watched: list[tuple[dict, Tensor, int, int]] = []
+
+    def sums_of(self, layer: LoraLinear, make: Callable[[], Sums]) -> Sums:
+        """The layer's, with a stack."""
+        if id(layer) not in self._sums:
+            sums = make()
+            modules = [part[name] for part in (layer.lora_A, layer.lora_B) for name in part]
+            if any(module.weight.is_inference() or "weight" not in module._parameters for module in modules):
+                return sums  # nothing tells when such a weight is changed
+            for module in modules:
+                weight = module.weight
+                self._watched.append((module._parameters, weight, weight._version, weight.data_ptr()))
+            self._sums[id(layer)] = sums.stacked()
+        return self._sums[id(layer)]
+
+    def check(self) -> None:
+        """Forgets the stacks if any weight was replaced, moved or written to since they were made."""
+        for parameters, weight, version, place in self._watched:
+            if parameters.get("weight") is not weight or weight._version != version or weight.data_ptr() != place:
+                self._sums.clear()
+                self._watched.clear()
+                return
+
+
+def only_known_code(model: nn.Module, options: Mapping[str, Any]) -> bool:
+    """Whether a generation with these options runs no code of the user's between its passes: no callback, no hook, no module."""
+    if any(options.get(name) is not None for name in _FOREIGN):
+        return False
+    lists = chain.from_iterable(options.get(name) or () for name in _LISTS)
+    objects = (options[name] for name in _OBJECTS if options.get(name) is not None)
+    types = {type(code) for code in chain(lists, objects, model.modules())}
+    return all(map(_is_known, types)) and all(map(_is_known, _hooks(model)))
+
+
+def _hooks(model: nn.Module) -> Iterator[Callable]:
+    for module in model.modules():
+        yield from module._forward_hooks.values()
+        yield from module._forward_pre_hooks.values()
+
+
+def _is_known(code: object) -> bool:
+    return str(getattr(code, "__module__", "")).partition(".")[0] in _KNOWN

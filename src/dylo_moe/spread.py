@@ -1,0 +1,113 @@
+"""What routing weights say about the tokens of a pass: which experts each token uses, and how much.
+
+Shapes: B batch, S sequence, T = B * S tokens, E experts, R sum of the experts' ranks in a layer, P pairs of a token and an expert
+that it uses.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from functools import cached_property
+
+import torch
+from torch import Tensor
+
+# (column of the routing weights, scaling, rank) of each expert that a layer has.
+Signature = tuple[tuple[int, float, int], ...]
+
+# Pairs of one gathered piece: small enough for the cache, large enough that moving them costs few calls.
+_CHUNK = 256
+
+
+@dataclass(frozen=True)
+class Chunk:
+    """Pairs of whole experts, expert by expert.
+
+    tokens: (P,); factors: weights times scalings, (P, 1); places: of the experts in the signature; sizes: pairs of each.
+    """
+
+    tokens: Tensor
+    factors: Tensor
+    places: list[int]
+    sizes: list[int]
+
+
+class Spread:
+    """Worked out once for all layers that share the weights; layers that have the same experts share the rest too.
+
+    Args:
+        weights: (B, S, E), or 1 in the place of B and S.
+        shape: (B, S).
+        layouts: kept from pass to pass by the caller: where each signature's scalings are on the device.
+    """
+
+    def __init__(self, weights: Tensor, shape: tuple[int, int], layouts: dict[tuple, tuple[Tensor, Tensor]]) -> None:
+        # At least float32: they multiply the small (B, S, R) tensor, so precision is cheap here.
+        self.weights = weights.to(torch.promote_types(weights.dtype, torch.float32))
+        self.shape = shape
+        self.choices: dict[tuple, bool] = {}  # dense or grouped, for the layers so far
+        self._layouts = layouts
+        self._factors: dict[Signature, Tensor] = {}
+        self._chunks: dict[Signature, list[Chunk]] = {}
+
+    @property
+    def tokens(self) -> int:
+        return self.shape[0] * self.shape[1]
+
+    def factors(self, signature: Signature) -> Tensor:
+        """Weights times scalings at each of the stacked rows, (B|1, S|1, R)."""
+        if signature not in self._factors:
+            columns, scales = self._layout(signature)
+            self._factors[signature] = self.weights.index_select(-1, columns) * scales
+        return self._factors[signature]
+
+    def _layout(self, signature: Signature) -> tuple[Tensor, Tensor]:
+        """For each of the R stacked rows: its expert's column in the weights, and its expert's scaling. Both (R,)."""
+        key = (signature, str(self.weights.device), self.weights.dtype)
+        if key not in self._layouts:
+            with torch.inference_mode(False):  # kept for later passes, which may need gradients
+                rows = [(column, scaling) for column, scaling, rank in signature for _ in range(rank)]
+                columns = torch.tensor([column for column, _ in rows], device=self.weights.device)
+                scales = torch.tensor([scaling for _, scaling in rows], device=self.weights.device, dtype=self.weights.dtype)
+            self._layouts[key] = (columns, scales)
+        return self._layouts[key]
+
+    @cached_property
+    def counts(self) -> list[int]:
+        """Tokens that use each expert, that is, whose weight is not 0."""
+        used = self.weights != 0
+        if used.shape[:2] == (1, 1):
+            return [self.tokens * used for used in used[0, 0].tolist()]
+        return used.expand(*self.shape, -1).sum((0, 1)).tolist()
+
+    def chunks(self, signature: Signature) -> list[Chunk]:
+        """The pairs, in chunks of about _CHUNK or of one expert that has more."""
+        if signature not in self._chunks:
+            self._chunks[signature] = [self._chunk(signature, places) for places in self._places(signature)]
+        return self._chunks[signature]
+
+    def _places(self, signature: Signature) -> list[list[int]]:
+        found: list[list[int]] = []
+        room = 0
+        for place, (column, _, _) in enumerate(signature):
+            if count := self.counts[column]:
+                if count > room:
+                    found.append([])
+                    room = max(_CHUNK, count)
+                found[-1].append(place)
+                room -= count
+        return found
+
+    def _chunk(self, signature: Signature, places: list[int]) -> Chunk:
+        tokens, weights = self._pairs
+        columns = [signature[place][0] for place in places]
+        scaled = [weights[column] * signature[place][1] for column, place in zip(columns, places, strict=True)]
+        chosen = torch.cat([tokens[column] for column in columns])
+        return Chunk(chosen, torch.cat(scaled)[:, None], places, [self.counts[column] for column in columns])
+
+    @cached_property
+    def _pairs(self) -> tuple[tuple[Tensor, ...], tuple[Tensor, ...]]:
+        """For each expert the tokens that use it, and their weights."""
+        by_expert = self.weights.expand(*self.shape, -1).flatten(0, 1).t()  # (E, T)
+        experts, tokens = by_expert.nonzero(as_tuple=True)
+        return tokens.split(self.counts), by_expert[experts, tokens].split(self.counts)
