@@ -11,7 +11,7 @@ from pathlib import Path
 import torch
 
 from harness.measure import PairedRatio, PairedTimer
-from harness.performance import forward, record
+from harness.performance import forward, generation, record, training
 from harness.performance.cells import Cell, Result
 
 GROUPS: dict[str, Callable[[bool], Iterator[Cell]]] = {
@@ -19,6 +19,13 @@ GROUPS: dict[str, Callable[[bool], Iterator[Cell]]] = {
     "top-k": forward.top_k,
     "multi-pass": forward.multi_pass,
     "peers": forward.peers,
+    "one-pass": generation.one_pass,
+    "two-pass": generation.two_passes,
+    "xlora": generation.xlora,
+    "at-once": generation.at_once,
+    "step": training.steps,
+    "memory": training.memory,
+    "loading": training.loading,
     "growth": forward.growth,
 }
 # An A/A test: the same work twice. Its median has to be this near to 1, and 1 inside its interval or nearly so.
