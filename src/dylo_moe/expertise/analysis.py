@@ -2,28 +2,28 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping, Sequence
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
-import torch
-
 from dylo_moe.decoder import PeftMoEDecoder
-from dylo_moe.errors import OptionError, SampleFileError
+from dylo_moe.errors import OptionError
 from dylo_moe.evaluation import score_files
 from dylo_moe.expertise.categories import categorise
 from dylo_moe.expertise.document import describe, describe_weights
-from dylo_moe.expertise.observing import Observed, Task, observe
+from dylo_moe.expertise.observing import Observed, observe
 from dylo_moe.expertise.passes import read_passes
 from dylo_moe.expertise.remarks import benchmark_remarks, weight_remarks
 from dylo_moe.expertise.tracking import Track, silently
 from dylo_moe.expertise.weights import compare_weights, without_effect
 from dylo_moe.formats import Checkpoint, combined_hash, read_checkpoint
-from dylo_moe.generating import Generation, generate_samples
+from dylo_moe.generating import Generation
 from dylo_moe.identity import versions
+from dylo_moe.routes.texts import Text, task_texts, with_samples
+from dylo_moe.routes.tokens import encode
 from dylo_moe.scoring import Limits
+from dylo_moe.spreading import generate_samples
 
 SCHEMA = 1
 
@@ -71,8 +71,7 @@ def analyse_benchmark(
     files = generate_samples(generation, directory)
     results = score_files(files, generation.task_set, list(tasks), limits, **(scoring or {}))
     decoder = PeftMoEDecoder(**generation.decoder, routing_strategy=generation.strategies[0])
-    answers = first_answers(files["router"]) if "router" in files else {}
-    observed = _observe_all(decoder, tasks, answers, track)
+    observed = observe_all(decoder, texts_of(tasks, files.get("router")), track)
     names = decoder.model.expert_names
     found = describe(read_passes(results, len(names)), sorted_in, observed, names)
     first = results["single:0"]
@@ -80,37 +79,24 @@ def analyse_benchmark(
     return {**found, "remarks": benchmark_remarks(found, names), "files": {name: str(path) for name, path in files.items()}}
 
 
-def first_answers(samples: Path) -> dict[str, str]:
-    """Task id -> the first text that was generated for it, before it was sanitized. samples: STEM.jsonl; see samples.py."""
+def texts_of(tasks: Mapping[str, Mapping[str, Any]], samples: Path | None) -> list[Text]:
+    """The prompts, each with the first text that was generated for it, before it was sanitized. samples: STEM.jsonl, or None."""
+    texts = task_texts(tasks)
+    if samples is None:
+        return texts
     raw = samples.with_name(samples.name.removesuffix(".jsonl") + ".raw.jsonl")
-    found: dict[str, str] = {}
-    try:
-        for line in raw.read_text(encoding="utf-8").splitlines():
-            record = json.loads(line)
-            found.setdefault(record["task_id"], record["solution"])
-    except (OSError, ValueError, KeyError, TypeError) as error:
-        raise SampleFileError(f"{raw}: {error}") from None
-    return found
+    first: dict[str, Text] = {}
+    for text in with_samples(texts, raw):
+        first.setdefault(text.task, text)
+    return list(first.values())
 
 
-def _observe_all(
-    decoder: PeftMoEDecoder, tasks: Mapping[str, Mapping[str, Any]], answers: Mapping[str, str], track: Track
-) -> dict[str, Observed]:
-    found = {}
-    for task_id in track(list(tasks), "router and experts"):
-        prompt = tasks[task_id]["prompt"].strip() + "\n"
-        found[task_id] = observe(decoder.model, _tokens(decoder, prompt, answers.get(task_id, "")))
-    return found
-
-
-def _tokens(decoder: PeftMoEDecoder, prompt: str, answer: str) -> Task:
-    """The answer's text is tokenised again, so its tokens may be others than those drawn where these were no canonical ones."""
-    ids = decoder.encode(prompt)
-    text = answer.removeprefix(prompt) if decoder.is_direct_completion() else answer
-    new = decoder.tokenizer(text, add_special_tokens=False)["input_ids"] if text else []
-    room = getattr(decoder.model.config.get_text_config(), "max_position_embeddings", None)
-    new = new if room is None else new[: max(0, room - ids.shape[1])]
-    return Task(ids, torch.tensor([new], dtype=ids.dtype, device=ids.device))
+def observe_all(decoder: PeftMoEDecoder, texts: Sequence[Text], track: Track = silently) -> dict[str, Observed]:
+    """Task id -> what router and experts do there. Texts are tokenised anew: where what was drawn was no canonical tokenisation
+    of its text, the tokens are others."""
+    tasks = [text.task for text in texts]
+    encoded = encode(decoder, texts, tasks).tokens
+    return {tasks[tokens.task]: observe(decoder.model, tokens) for tokens in track(encoded, "router and experts")}
 
 
 def analyse_experts(

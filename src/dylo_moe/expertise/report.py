@@ -49,7 +49,7 @@ def build_page(document: Mapping[str, Any]) -> Page:
     page.heading("Weights")
     for figure, caption in weight_figures(document["weights"], names).values():
         page.figure(figure, caption)
-    page.table(*_alike(document["weights"], names), caption="Pairs of experts by the angle between their deltas")
+    page.table(*weight_rows(document["weights"], names), caption="Pairs of experts by the angle between their deltas")
     return page
 
 
@@ -145,7 +145,8 @@ def _redundant(found: Mapping[str, Any], names: Sequence[str]) -> tuple[Headers,
     return headers, rows
 
 
-def _alike(weights: Mapping[str, Any], names: Sequence[str]) -> tuple[Headers, Rows]:
+def weight_rows(weights: Mapping[str, Any], names: Sequence[str]) -> tuple[Headers, Rows]:
+    """Headers and one row per pair of experts. weights: from `document.describe_weights`."""
     rows = []
     for i, j in _pairs(len(names)):
         cells = [weights[name][i][j] for name in ("cosine", "reads", "writes")]
