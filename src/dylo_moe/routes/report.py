@@ -110,7 +110,8 @@ def measure_rows(document: Mapping[str, Any]) -> list[tuple[str, float | None]]:
 
 def _load(page: Page, document: Mapping[str, Any], figures: Mapping[str, Figure]) -> None:
     page.heading("Load of the experts")
-    page.table(*_expert_table(document))
+    headers, rows = _expert_table(document)
+    page.table(headers, [[_fixed(value) for value in row] for row in rows])
     page.figure(figures["load"], "Mean share of the weight, and how often an expert has the largest weight of a token.")
 
 
@@ -137,7 +138,8 @@ def _tasks(page: Page, document: Mapping[str, Any], figures: Mapping[str, Figure
 def _task_row(task: Mapping[str, Any], experts: Sequence[str]) -> list[object]:
     expert = task["dominant"]
     name, share = ("none", None) if expert is None else (f"{expert}: {experts[expert]}", task["share"][expert])
-    return [task["task"], name, share, task["confidence"], task["entropy"], task["texts"], task["tokens"]]
+    numbers = [_fixed(value) for value in (share, task["confidence"], task["entropy"], task["texts"], task["tokens"])]
+    return [task["task"], name, *numbers]
 
 
 def _places(page: Page, document: Mapping[str, Any], figures: Mapping[str, Figure]) -> None:
@@ -150,7 +152,7 @@ def _places(page: Page, document: Mapping[str, Any], figures: Mapping[str, Figur
         page.figure(figures["experts_by_layer"], "Share of the weight by routed layer.")
         headers = ("layer", "experts", "dominant", "confidence", "entropy", "coefficient of variation", "variation over tokens")
         names = ("layer", "experts", "dominant", "confidence", "entropy", "coefficient_of_variation", "variation_over_tokens")
-        page.table(headers, [[layer[name] for name in names] for layer in document["layers"]])
+        page.table(headers, [[_fixed(layer[name]) for name in names] for layer in document["layers"]])
 
 
 def _tokens(page: Page, document: Mapping[str, Any], texts: Sequence[Coloured]) -> None:
@@ -205,6 +207,11 @@ def print_report(document: Mapping[str, Any], console: Console) -> None:
 
 
 def _cell(value: object) -> str:
+    return escape(one_line(str(_fixed(value))))
+
+
+def _fixed(value: object) -> object:
+    """Shares below one another with their points in one line."""
     if value is None:
         return ""
-    return f"{value:.3f}" if isinstance(value, float) else escape(one_line(str(value)))
+    return f"{value:.3f}" if isinstance(value, float) else value

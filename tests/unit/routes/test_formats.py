@@ -5,9 +5,15 @@ from __future__ import annotations
 import numpy as np
 import pytest
 import torch
+from peft import LoraConfig, get_peft_model
+from transformers import AutoModelForCausalLM
 
+from dylo_moe import attach_router
 from dylo_moe.decoder import PeftMoEDecoder
+from dylo_moe.formats import GatesState, GateState
+from dylo_moe.gates import LayerGate
 from dylo_moe.routes.analysing import analyse
+from dylo_moe.routes.observing import Tokens, layer_names, observe
 from dylo_moe.routes.texts import Text
 from dylo_moe.routes.tokens import prompt_ids
 from fixtures.adamole import write_adamole
@@ -79,3 +85,46 @@ def test_router_that_chooses_nothing_has_no_shares_before_the_choice(base, tmp_p
     write_checkpoint(tmp_path / "checkpoint", base, num_experts=3, top_k=3)
     decoder = PeftMoEDecoder(str(tmp_path / "checkpoint"), "humaneval", dtype="float32", temperature=0.0)
     assert analyse(decoder, TEXTS).document["decision_before_top_k"] is None
+
+
+def test_gate_on_the_head_sees_every_token(base):
+    adapter = LoraConfig(r=2, target_modules=["q_proj", "lm_head"], task_type="CAUSAL_LM")
+    peft_model = get_peft_model(AutoModelForCausalLM.from_pretrained(base), adapter, adapter_name="a")
+    peft_model.add_adapter("b", adapter)
+    units = ("model.layers.0.self_attn.q_proj", "model.layers.1.self_attn.q_proj", "lm_head")
+    gates = GatesState({unit: GateState(torch.randn(2, 48)) for unit in units}, "softmax", 2)
+    router = torch.nn.ModuleList(LayerGate(gates.gates[unit], gates) for unit in units)
+    model = attach_router(peft_model, router).eval()
+    texts = [Tokens(0, [5, 9, 33, 7], 4), Tokens(0, [8, 2], 1)]
+    for number, seen in observe(model, texts, 2):
+        with torch.no_grad():
+            model(torch.tensor([texts[number].ids]))
+        np.testing.assert_allclose(seen.weights, model.last_routing_weights[0].double().numpy(), atol=1e-5)
+    assert layer_names(model) == list(units)
+
+
+def test_router_that_is_undecided_before_the_choice_is_found_although_its_weights_are_0_and_1(base, tmp_path):
+    write_checkpoint(tmp_path / "checkpoint", base, num_experts=3)
+    decoder = PeftMoEDecoder(str(tmp_path / "checkpoint"), "humaneval", dtype="float32", temperature=0.0)
+    torch.nn.init.zeros_(decoder.model.router.gate.weight)
+    torch.nn.init.zeros_(decoder.model.router.gate.bias)
+    document = analyse(decoder, TEXTS).document
+    assert document["decision"]["entropy"]["mean"] == 0.0 and document["decision_before_top_k"]["entropy"]["mean"] == 1.0
+    assert {"undecided", "collapsed"} <= {finding["about"] for finding in document["findings"]}
+
+
+def test_batch_that_does_not_fit_is_halved(base, tmp_path):
+    write_checkpoint(tmp_path / "checkpoint", base, num_experts=3)
+    decoder = PeftMoEDecoder(str(tmp_path / "checkpoint"), "humaneval", dtype="float32", temperature=0.0)
+    whole = analyse(decoder, TEXTS, batch_size=3).document
+    sizes = []
+
+    def too_large(module, args, kwargs):
+        sizes.append(len(kwargs["input_ids"]))
+        if sizes[-1] > 1:
+            raise torch.OutOfMemoryError("CUDA out of memory")
+
+    decoder.model.causal_lm.register_forward_pre_hook(too_large, with_kwargs=True)
+    halved = analyse(decoder, TEXTS, batch_size=3).document
+    assert sizes == [3, 1, 2, 1, 1]
+    np.testing.assert_allclose(halved["balance"]["share"], whole["balance"]["share"], atol=1e-6)
