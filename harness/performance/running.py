@@ -85,9 +85,10 @@ def _measure(cell: Cell, options: Namespace) -> Result:
 
 def publish(source: Path, target: Path) -> int:
     """Writes the page from what is in `source`. Raises Refused where nothing is."""
-    from harness.performance.page import write_page
+    from harness.performance.page import PICTURES, write_page
 
     if not record.path_in(source).is_file():
         raise Refused(f"{record.path_in(source)} is not there: measure first")
     write_page(record.read(source), target)
+    record.path_in(target / PICTURES).write_text(record.path_in(source).read_text(encoding="utf-8"), encoding="utf-8")
     return 0
