@@ -103,7 +103,7 @@ class _Writer:
             raise NotEncoded(f"nested in more than {MAX_DEPTH} levels")
         types = set(map(type, values))
         kinds = {_KINDS.get(kind) for kind in types}
-        if len(kinds) == 1 and None not in kinds:
+        if len(kinds) == 1 and kinds.isdisjoint({None, b"M"}):
             self._of_one_kind(kinds.pop(), values, depth)
             return
         pairs = [_plain(value) for value in values]

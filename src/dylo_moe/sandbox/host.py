@@ -11,7 +11,6 @@ import multiprocessing
 import os
 import pickle
 import select
-import shutil
 import signal
 import struct
 import sys
@@ -23,13 +22,13 @@ from pathlib import Path
 from typing import Any, BinaryIO
 
 from dylo_moe.sandbox import outputs, stock
+from dylo_moe.sandbox.directory import overfull, remove
 from dylo_moe.sandbox.level import Level
 from dylo_moe.sandbox.libraries import readable
 from dylo_moe.sandbox.lockdown import die_with_parent, leave_network, lock_down
 
 DATA, END = b"D", b"E"
 MAX_BYTES = 4 * 2**30  # of one solution's records
-DISK_BYTES, DISK_ENTRIES = 64 * 2**20, 2000
 _TICK = 0.1
 _CHUNK = 1 << 20
 
@@ -63,7 +62,7 @@ class Host:
         finally:
             _kill(pid)
             os.close(read)
-            shutil.rmtree(directory, ignore_errors=True)
+            remove(Path(directory))
 
     def end(self, reason: str) -> None:
         self._say(END, json.dumps(reason).encode())
@@ -94,7 +93,7 @@ class Host:
             if size > MAX_BYTES:
                 return "too much"
             if not select.select([pipe], [], [], _TICK)[0]:
-                if _overfull(directory):
+                if overfull(directory):
                     return "disk"
                 continue
             data = os.read(pipe, _CHUNK)
@@ -128,23 +127,6 @@ def _kill(pid: int) -> None:
         except ProcessLookupError:
             pass
     os.waitpid(pid, 0)
-
-
-def _overfull(directory: Path) -> bool:
-    """Whether a solution has written more than it may."""
-    size = entries = 0
-    todo = [directory]
-    while todo:
-        try:
-            found = list(os.scandir(todo.pop()))
-            size += sum(entry.stat(follow_symlinks=False).st_size for entry in found)
-            todo += [Path(entry.path) for entry in found if entry.is_dir(follow_symlinks=False)]
-        except OSError:  # it goes on writing and removing
-            continue
-        entries += len(found)
-        if size > DISK_BYTES or entries > DISK_ENTRIES:
-            return True
-    return False
 
 
 def _read(questions: BinaryIO) -> Any:

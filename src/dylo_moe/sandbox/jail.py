@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import Any
 
 from dylo_moe.sandbox.bubblewrap import HOME, wrap
+from dylo_moe.sandbox.directory import remove
 from dylo_moe.sandbox.level import Level
 from dylo_moe.sandbox.libraries import import_path
 
@@ -35,7 +36,7 @@ class Jail:
     def __init__(self, level: Level) -> None:
         self.level = level
         self._process: subprocess.Popen[bytes] | None = None
-        self._directory: tempfile.TemporaryDirectory[str] | None = None
+        self._directory: Path | None = None
 
     def __enter__(self) -> Jail:
         return self
@@ -88,12 +89,12 @@ class Jail:
             process.stdin.close()
             process.stdout.close()
         if self._directory is not None:
-            self._directory.cleanup()
+            remove(self._directory)
             self._directory = None
 
     def _start(self) -> None:
-        self._directory = tempfile.TemporaryDirectory(prefix="dylo-moe-", ignore_cleanup_errors=True)
-        home = HOME if self.level.bwrap else self._directory.name
+        self._directory = Path(tempfile.mkdtemp(prefix="dylo-moe-"))
+        home = HOME if self.level.bwrap else str(self._directory)
         environment = _environment(home)
         command = [sys.executable, "-m", "dylo_moe.sandbox.host", json.dumps(self.level.as_dict())]
         with self._errors().open("wb") as errors:
@@ -102,7 +103,7 @@ class Jail:
                 stdin=subprocess.PIPE,
                 stdout=subprocess.PIPE,
                 stderr=errors,
-                cwd=self._directory.name,
+                cwd=self._directory,
                 env=environment,
                 start_new_session=True,
             )
@@ -110,7 +111,7 @@ class Jail:
             raise self._broken("said more than that it is ready")
 
     def _errors(self) -> Path:
-        return Path(self._directory.name) / "stderr"
+        return self._directory / "stderr"
 
     def _send(self, method: str, argument: dict[str, Any]) -> None:
         data = pickle.dumps((method, argument))
