@@ -16,6 +16,7 @@ from dataclasses import dataclass
 
 import numpy as np
 from scipy import stats
+from scipy.special import ndtri  # the normal distribution's quantile
 
 CONFIDENCE = 0.95
 POWER = 0.80
@@ -77,7 +78,7 @@ def mean_interval(values: Sequence[float], confidence: float = CONFIDENCE) -> Es
     Source: Agresti and Coull 1998, "Approximate is better than 'exact' for interval estimation of binomial proportions".
     """
     v = _within(values, 0.0, 1.0)
-    z = stats.norm.ppf((1 + confidence) / 2)
+    z = ndtri((1 + confidence) / 2)
     size = len(v) + z**2
     centre = (v.sum() + z**2 / 2) / size
     variance = ((v**2).sum() + z**2 / 2) / size - centre**2
@@ -103,7 +104,7 @@ def compare(first: Sequence[float], second: Sequence[float], *, tests: int = 1) 
         won=np.flatnonzero(difference > 0).tolist(),
         lost=np.flatnonzero(difference < 0).tolist(),
         p=paired_p(difference),
-        detectable=float((stats.norm.ppf(1 - (1 - CONFIDENCE) / 2 / tests) + stats.norm.ppf(POWER)) * error),
+        detectable=float((ndtri(1 - (1 - CONFIDENCE) / 2 / tests) + ndtri(POWER)) * error),
     )
 
 
@@ -162,7 +163,7 @@ def _difference_interval(d: np.ndarray) -> tuple[Estimate, float]:
     size = len(d) + 2
     centre = d.sum() / size
     error = float(np.sqrt(max(((d**2).sum() + 2) / size - centre**2, 0.0) / size))
-    half = stats.norm.ppf((1 + CONFIDENCE) / 2) * error
+    half = ndtri((1 + CONFIDENCE) / 2) * error
     return Estimate(float(d.mean()), float(max(-1.0, centre - half)), float(min(1.0, centre + half))), error
 
 

@@ -62,12 +62,14 @@ def test_all_pass_and_all_fail_of_twenty_tasks_leave_room(share, low, high):
     assert (found.low, found.high) == pytest.approx((low, high), abs=0.02)
 
 
+@settings(deadline=None)
 @given(RATES)
 def test_interval_holds_the_mean_and_stays_within_the_scale(values):
     found = mean_interval(values)
     assert 0 <= found.low <= found.value <= found.high <= 1
 
 
+@settings(deadline=None, max_examples=40)
 @given(RATES, st.randoms())
 def test_difference_holds_the_mean_and_turns_round_with_the_runs(values, random):
     other = random.sample(values, len(values))
@@ -169,8 +171,8 @@ def test_p_of_many_rates_is_repeatable_and_near_the_t_test():
 
 def test_false_alarms_are_as_rare_as_p_says():
     rng = np.random.default_rng(0)
-    found = [compare(*(rng.random((2, 60)) < 0.4).astype(float)).p for _ in range(1000)]
-    assert 0.01 < np.mean(np.array(found) < 0.05) <= 0.055
+    found = [compare(*(rng.random((2, 60)) < 0.4).astype(float)).p for _ in range(400)]
+    assert 0.005 < np.mean(np.array(found) < 0.05) <= 0.06
 
 
 def test_equal_runs_do_not_differ():
