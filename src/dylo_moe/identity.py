@@ -64,6 +64,15 @@ def identity_hash(identity: dict[str, Any]) -> str:
     return hashlib.sha256(json.dumps(identity, sort_keys=True).encode()).hexdigest()
 
 
+def difference(found: Any, other: Any, name: str = "") -> str:
+    """The first field in which two identities differ, with both values: "versions.torch 2.12.0, here 2.13.0"."""
+    if isinstance(found, dict) and isinstance(other, dict):
+        for key in sorted(found.keys() | other.keys()):
+            if found.get(key) != other.get(key):
+                return difference(found.get(key), other.get(key), f"{name}.{key}" if name else key)
+    return f"{name} {str(found)[:60]}, here {str(other)[:60]}"
+
+
 def local_directory(base: str | Path) -> Path | None:
     """Where a base model lies on this machine: the directory itself, or the hub's cache; None if it is not here yet."""
     if Path(base).is_dir():

@@ -96,6 +96,11 @@ class SampleJournal:
         self._lock.release()
 
     @property
+    def identity(self) -> dict[str, Any]:
+        """Of the run."""
+        return self._content.identity
+
+    @property
     def records(self) -> dict[str, dict[int, Record]]:
         """Task id -> index -> sample."""
         return self._content.records

@@ -5,10 +5,9 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 from dylo_moe.errors import SampleFileError, one_line
-from dylo_moe.identity import identity_hash
+from dylo_moe.identity import difference, identity_hash
 from dylo_moe.journal import Content, Plan, Record, read_journal, shard_name, shard_text
 from dylo_moe.samples import SampleJournal
 
@@ -143,15 +142,6 @@ def _hint(shard: Shard, runs: Mapping[str, list[Shard]]) -> str:
     """What to say where the shards that are missing may have been made with something else."""
     for others in runs.values():
         if others[0].content.identity != shard.content.identity and others[0].content.shard[1] == shard.content.shard[1]:
-            where = _differing(others[0].content.identity, shard.content.identity)
+            where = difference(others[0].content.identity, shard.content.identity)
             return one_line(f"; {others[0].path} is of another run: {where}")
     return ""
-
-
-def _differing(found: Any, other: Any, name: str = "") -> str:
-    """The first field in which two identities differ, with both values."""
-    if isinstance(found, dict) and isinstance(other, dict):
-        for key in sorted(found.keys() | other.keys()):
-            if found.get(key) != other.get(key):
-                return _differing(found.get(key), other.get(key), f"{name}.{key}" if name else key)
-    return f"{name} {str(found)[:60]}, here {str(other)[:60]}"

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import functools
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -16,6 +16,8 @@ from dylo_moe.cluster_worker import ShardWorker
 from dylo_moe.errors import ClusterError, DyloMoeError, OptionError, SampleFileError, one_line
 from dylo_moe.generating import Generation
 from dylo_moe.generating import generate_samples as generate_here
+from dylo_moe.identity import difference
+from dylo_moe.journal_lines import whole_lines
 from dylo_moe.samples import SampleJournal
 
 START_SECONDS = 120.0  # until one worker has found a place; a worker that waits behind others may wait longer
@@ -121,7 +123,7 @@ class _Run:
         """Writes what a worker has found, and asks it for more."""
         for name, lines in found.items():
             if name not in self.journals:
-                raise ClusterError(f"{shard.host}: {_foreign(name, list(self.journals))}")
+                raise ClusterError(f"{shard.host}: {_foreign(name, lines, list(self.journals.values()))}")
             self.bar[0].advance(self.bar[1], self.journals[name].absorb(lines))
             shard.taken[name] += len(lines)
             shard.deaths = 0
@@ -173,8 +175,10 @@ def _absolute(generation: Generation) -> Generation:
     return replace(generation, decoder=decoder)
 
 
-def _foreign(name: str, known: list[str]) -> str:
-    return (
-        f"found weights, base, versions or a kind of device other than here: its samples would be {name}, not {known[0]}; "
-        "every machine needs the same files at the same path, and the same packages"
-    )
+def _foreign(name: str, lines: bytes, journals: Sequence[SampleJournal]) -> str:
+    """Why a worker writes a journal that nobody asked it for."""
+    found = whole_lines(lines, Path(name))[0][0]["identity"]
+    ours = [journal.identity for journal in journals]
+    same = [identity for identity in ours if identity["options"]["routing_strategy"] == found["options"]["routing_strategy"]]
+    where = difference(found, (same or ours)[0])
+    return f"its samples would be others: {where}; every machine needs the same files at the same path, and the same packages"

@@ -4,12 +4,15 @@ from __future__ import annotations
 
 import threading
 import time
+from contextlib import nullcontext
 from importlib.util import find_spec
 from pathlib import Path
 
 import pytest
 
-from dylo_moe.cluster import LOOPBACK
+from dylo_moe import generating, spreading
+from dylo_moe.cluster import LOOPBACK, Slots, connected
+from dylo_moe.errors import ClusterError
 from dylo_moe.evalplus import plan_generation
 from dylo_moe.spreading import generate_samples
 from harness.specimens import write_base, write_checkpoint
@@ -62,13 +65,14 @@ def test_machine_lost_in_the_middle_changes_nothing(machines, checkpoint, tmp_pa
     cluster, second = machines
     generate_samples(planned(checkpoint), tmp_path / "one")
     place = tmp_path / "cluster"
+    generate_samples(planned(checkpoint, n_samples=1, id_range=[1, 3]), place)  # something is there already
     lost = []
 
     def lose() -> None:
         deadline = time.monotonic() + 240
         while time.monotonic() < deadline and not lost:
             lines = sum(path.read_bytes().count(b"\n") for path in place.glob("*.journal"))
-            if lines >= len(STRATEGIES) + 4:  # both machines are at work
+            if lines >= len(STRATEGIES) * 3 + 4:  # workers are at work
                 cluster.remove_node(second, allow_graceful=False)
                 lost.append(lines)
             time.sleep(0.01)
@@ -84,3 +88,18 @@ def test_machine_lost_in_the_middle_changes_nothing(machines, checkpoint, tmp_pa
     assert list(files) == list(STRATEGIES)
     assert exports(place) == exports(tmp_path / "one")
     assert len(exports(place)) == 3 * len(STRATEGIES)
+
+
+def test_worker_that_finds_no_place_is_not_waited_for(machines, checkpoint, tmp_path, monkeypatch):
+    monkeypatch.setattr(spreading, "START_SECONDS", 1.0)
+    monkeypatch.setattr(spreading, "connected", lambda _: nullcontext(Slots(2, 64, 0)))
+    with connected(machines[0].address), pytest.raises(ClusterError, match="no worker with 64 processors found a place"):
+        generate_samples(planned(checkpoint, ray="a:1"), tmp_path)
+
+
+def test_machine_with_other_files_or_versions_is_refused(machines, checkpoint, tmp_path, monkeypatch):
+    here = {**generating.versions(), "torch": "another"}
+    monkeypatch.setattr(generating, "versions", lambda: here)  # of this process; workers have their own
+    with pytest.raises(ClusterError, match="versions.torch .*, here another; every machine needs the same files"):
+        generate_samples(planned(checkpoint, ray=machines[0].address, id_range=[0, 1]), tmp_path)
+    assert not list(tmp_path.glob("*.jsonl"))

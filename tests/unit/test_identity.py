@@ -7,7 +7,7 @@ import importlib.metadata
 import pytest
 
 from dylo_moe.formats import read_checkpoint
-from dylo_moe.identity import PACKAGES, checkpoint_identity, identity_hash, versions
+from dylo_moe.identity import PACKAGES, checkpoint_identity, difference, identity_hash, versions
 from harness.specimens import write_base, write_checkpoint
 
 
@@ -61,6 +61,11 @@ def test_versions_name_the_code_that_generates():
     found = versions()
     assert {name: found[name] for name in PACKAGES} == {name: importlib.metadata.version(name) for name in PACKAGES}
     assert len(found["dylo-moe source"]) == 16 and "python" in found
+
+
+def test_first_difference_is_named_with_both_values():
+    assert difference({"a": 1, "b": {"c": 2, "d": 3}}, {"a": 1, "b": {"c": 2, "d": 4}}) == "b.d 3, here 4"
+    assert difference({"a": 1}, {"a": 1, "b": 2}) == "b None, here 2"
 
 
 def test_order_of_keys_does_not_matter_and_values_do():
