@@ -11,7 +11,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from transformers import LogitsProcessorList, PreTrainedModel
 
 from dylo_moe.penalties import Penalties
@@ -48,7 +48,8 @@ class Setting:
     """What the requests of one call share.
 
     Attributes:
-        causal_lm: the transformers model.
+        model: all modules that take part.
+        causal_lm: the transformers model in it.
         routing: its routing; None for a model without experts.
         ending: where texts end.
         penalties: what the generation configuration asks for.
@@ -57,6 +58,7 @@ class Setting:
         can_pad: whether rows of different lengths can be in one batch.
     """
 
+    model: nn.Module
     causal_lm: PreTrainedModel
     routing: Routing | None
     ending: Ending
@@ -64,6 +66,10 @@ class Setting:
     warpers: LogitsProcessorList
     inputs: frozenset[str]
     can_pad: bool
+
+    def held(self) -> AbstractContextManager[None]:
+        """Around passes between which nobody changes the model."""
+        return nullcontext() if self.routing is None else self.routing.holding(self.model, {})
 
 
 @dataclass
@@ -177,6 +183,7 @@ class Batch:
         self._ensembles = [(group, starts[group], size) for group, size in enumerate(sizes) if size > 1]
         self._forced = _forced(self._routes, self.setting)
 
+    @torch.no_grad()
     def _forward(self, ids: Tensor) -> Tensor:
         """Logits behind the last of these columns, (rows, vocabulary)."""
         setting = self.setting

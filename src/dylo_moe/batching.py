@@ -94,10 +94,10 @@ def _complete(setting: Setting, queue: Queue, tick: Callable[[int], None]) -> It
     while queue.waiting or queue.current:
         finished: list[Text] | None = None
         try:
-            batch = _refilled(batch, setting, queue, tick)
-            tick(batch.advance(1 if batch.rows <= SMALL else STEPS_BETWEEN_LOOKS))
-            finished = queue.finish(batch.texts)
-            batch = _without(batch, queue)
+            with setting.held():
+                batch = _refilled(batch, setting, queue, tick)
+                finished = _until_some_finish(batch, queue, tick)
+                batch = _without(batch, queue)
         except (RuntimeError, MemoryError) as error:
             if not is_out_of_memory(error):
                 raise
@@ -123,6 +123,12 @@ def _refilled(batch: Batch | None, setting: Setting, queue: Queue, tick: Callabl
         if not setting.can_pad:
             break
     return batch
+
+
+def _until_some_finish(batch: Batch, queue: Queue, tick: Callable[[int], None]) -> list[Text]:
+    while not (finished := queue.finish(batch.texts)):
+        tick(batch.advance(1 if batch.rows <= SMALL else STEPS_BETWEEN_LOOKS))
+    return finished
 
 
 def _without(batch: Batch, queue: Queue) -> Batch | None:

@@ -194,6 +194,7 @@ class PeftMoEDecoder(DecoderBase):
         options = {"temperature": self.temperature, "top_p": TOP_P, "top_k": top_k}
         causal_lm = self.model.causal_lm if routed else self.model
         return Setting(
+            model=self.model,
             causal_lm=causal_lm,
             routing=self.model.routing if routed else None,
             ending=Ending(self.eos, self._end_tokens(), self._decode),
