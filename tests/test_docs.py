@@ -6,7 +6,6 @@ what README and `tests/meta/test_cli.py` are about); everything else runs as it 
 
 from __future__ import annotations
 
-import os
 import re
 import shlex
 import subprocess
@@ -16,11 +15,11 @@ from pathlib import Path
 import pytest
 import torch
 
+from dylo_moe.cli import main
 from harness.specimens.competence import Planted, plant
 
 DOCS = Path(__file__).resolve().parents[1] / "docs"
-PAGES = ("strategies", "report", "debugging")
-PROGRAMS = {"dylo-moe": "dylo_moe.cli", "validate_moe_modifications": "harness.cli"}
+PAGES = ("quickstart", "strategies", "report", "debugging", "migrating")
 
 
 def commands(page: Path) -> list[list[str]]:
@@ -36,32 +35,43 @@ def planted(tmp_path_factory: pytest.TempPathFactory) -> Planted:
     return plant(tmp_path_factory.mktemp("planted"), num_experts=2, tasks_per_expert=2, features="embedding")
 
 
-def run(words: list[str], planted: Planted, cwd: Path) -> subprocess.CompletedProcess[str]:
-    """The command as a process of its own, in `cwd`."""
-    words = [{"DIR": str(planted.checkpoint), "OUT": "out"}.get(word, word) for word in words]
-    if words[0] == "validate_moe_modifications" and "--only" not in words:
-        words += ["--only", "layer.equals_oracle"]
-    environment = {**os.environ, "HUMANEVAL_OVERRIDE_PATH": str(planted.task_file), "OMP_NUM_THREADS": "1"}
-    command = [sys.executable, "-m", PROGRAMS[words[0]], *words[1:]]
-    return subprocess.run(command, cwd=cwd, env=environment, capture_output=True, text=True, timeout=300, check=False)
+@pytest.fixture
+def place(planted: Planted, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """An empty current directory, and the planted tasks for HumanEval+."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("HUMANEVAL_OVERRIDE_PATH", str(planted.task_file))
+    monkeypatch.setenv("OMP_NUM_THREADS", "1")
+    return tmp_path
+
+
+def run(words: list[str], planted: Planted) -> int:
+    """The exit code of one line; DIR is the planted checkpoint."""
+    program, *options = [{"DIR": str(planted.checkpoint), "OUT": "out"}.get(word, word) for word in words]
+    if program == "dylo-moe":
+        try:
+            return main(options)
+        except SystemExit as end:
+            return int(end.code)
+    assert program == "validate_moe_modifications"
+    options += [] if "--only" in options else ["--only", "layer.equals_oracle"]
+    return subprocess.run([sys.executable, "-m", "harness.cli", *options], check=False, timeout=300).returncode
 
 
 @pytest.mark.parametrize("name", PAGES)
-def test_every_command_of_the_page_succeeds(name: str, planted: Planted, tmp_path: Path) -> None:
+def test_every_command_of_the_page_succeeds(name: str, planted: Planted, place: Path) -> None:
     page = DOCS / f"{name}.md"
     for block in re.findall(r"```toml\n(.*?)```", page.read_text(encoding="utf-8"), flags=re.DOTALL):
-        (tmp_path / "gate.toml").write_text(block, encoding="utf-8")
+        (place / "gate.toml").write_text(block, encoding="utf-8")
     found = commands(page)
     assert found
     for words in found:
-        done = run(words, planted, tmp_path)
-        assert done.returncode == 0, f"{shlex.join(words)}\n{done.stdout[-2000:]}\n{done.stderr[-2000:]}"
+        assert run(words, planted) == 0, shlex.join(words)
 
 
-def test_a_wrong_command_is_found(planted: Planted, tmp_path: Path) -> None:
-    (tmp_path / "page.md").write_text("```bash\n# a comment\ndylo-moe inspect DIR --jsn\n```\n", encoding="utf-8")
-    (words,) = commands(tmp_path / "page.md")
-    assert run(words, planted, tmp_path).returncode == 2
+def test_a_wrong_command_is_found(planted: Planted, place: Path) -> None:
+    (place / "page.md").write_text("```bash\n# a comment\ndylo-moe inspect DIR --jsn\n```\n", encoding="utf-8")
+    (words,) = commands(place / "page.md")
+    assert run(words, planted) == 2
 
 
 def test_every_page_is_named_in_the_readme_and_every_link_leads_somewhere() -> None:
