@@ -57,7 +57,7 @@ NET = {
 PROCESS = {
     "fork": "    if posix.fork() == 0:\n        posix._exit(0)\n    return 'harm'",
     "vfork_by_libc": "    pid = must(libc.fork())\n    if pid == 0:\n        posix._exit(0)\n    return 'harm'",
-    "daemon": "    if not posix.fork():\n        posix.setsid()\n        time.sleep(9)\n        posix._exit(0)\n    return 'harm'",
+    "daemon": "    if not posix.fork():\n        posix.setsid()\n        posix._exit(time.sleep(9))\n    return 'harm'",
     "new_session": "    posix.setsid()\n    return 'harm'",
     "shell": "    posix.execv('/bin/sh', ['sh', '-c', 'true'])",
     "spawn": "    posix.posix_spawn('/bin/true', ['true'], {})\n    return 'harm'",
