@@ -20,7 +20,7 @@ _PRINTED = 10  # lines of a kind on the terminal; the page has all
 WORDS = """pass@k is the chance that at least one of k samples of a task passes, mean over the tasks, with its 95 % interval. Two
 runs are compared task by task, by all tests that ran: a task is won where the second run passes more of its samples, lost where
 it passes fewer. p is the chance of a difference as large where neither run is better. p (Holm) is p raised because several pairs
-were looked at; below 0.05 the second run is called better or worse."""
+were looked at; below 0.05 the second run is called better or worse. The interval of a difference is of its pair alone."""
 
 
 def print_benchmarks(document: Mapping[str, Any], console: Console) -> None:
@@ -32,8 +32,8 @@ def print_benchmarks(document: Mapping[str, Any], console: Console) -> None:
         lines = difference_lines(found)
         for line in [*lines[:_PRINTED], *([f"... and {len(lines) - _PRINTED} more"] if len(lines) > _PRINTED else [])]:
             console.print(line, markup=False, highlight=False, soft_wrap=True)
-    for line in remarks(document):
-        console.print(f"note: {line}", markup=False, highlight=False, soft_wrap=True)
+    for kind, line in remarks(document):
+        console.print(f"{kind}: {line}", markup=False, highlight=False, soft_wrap=True)
 
 
 def build_page(document: Mapping[str, Any]) -> Page:
@@ -42,13 +42,13 @@ def build_page(document: Mapping[str, Any]) -> Page:
     command = document["command"]
     page.paragraph(f"{command['checkpoint']}, {document['date']}. Samples: {_decoding(command)}.")
     page.paragraph(" ".join(WORDS.split()))
-    for line in remarks(document):
-        page.notice("note", line)
+    for kind, line in remarks(document):
+        page.notice(kind, line)
     page.figure(picture(document), "pass@1 with 95 % intervals; tasks that each run wins and loses against the first one")
     for name, found in document["benchmarks"].items():
         _add_benchmark(page, name, found)
     page.heading("How it was made")
-    page.table(["option", "value"], [[key, str(value)] for key, value in command.items()])
+    page.table(["option", "value"], [[key, _shown(value)] for key, value in command.items()])
     page.table(["package", "version"], document["versions"].items())
     page.table(["files", "SHA-256"], document["identity"].items())
     return page
@@ -120,19 +120,20 @@ def difference_lines(found: Mapping[str, Any]) -> list[str]:
     return lines
 
 
-def remarks(document: Mapping[str, Any]) -> list[str]:
-    """What a reader must know before drawing conclusions."""
+def remarks(document: Mapping[str, Any]) -> list[tuple[str, str]]:
+    """What a reader must know before drawing conclusions: "warning" or "note", and a sentence."""
     lines = []
     if "none" in document["sandbox"]:
-        lines.append("generated code ran without a sandbox, so it could have changed its own score")
+        lines.append(("warning", "generated code ran without a sandbox, so it could have changed its own score"))
     for name, found in document["benchmarks"].items():
         verdicts = {c["verdict"] for c in found["comparisons"]}
         if UNDECIDABLE in verdicts:
             needed = f"{len(found['comparisons'])} comparisons need at least {fewest_tasks(len(found['comparisons']))} tasks"
-            lines.append(f"{name}: with {len(found['tasks'])} tasks no outcome could be significant: {needed}")
+            lines.append(("warning", f"{name}: with {len(found['tasks'])} tasks no outcome could be significant: {needed}"))
         elif SAME in verdicts:
             smallest = min(c["detectable"] for c in found["comparisons"] if c["verdict"] == SAME)
-            lines.append(f"{name}: not significant does not mean equal: a difference would show from about {smallest:.2f} on")
+            needed = f"a difference would show from about {smallest:.2f} on"
+            lines.append(("note", f"{name}: not significant does not mean equal: {needed}"))
     return lines
 
 
@@ -146,6 +147,10 @@ def _estimate(value: Mapping[str, float], sign: str = "") -> str:
 
 def _p(value: float) -> str:
     return "< 0.0001" if value < 0.0001 else f"{value:.4f}"
+
+
+def _shown(value: Any) -> str:
+    return ", ".join(value) if isinstance(value, list) else str(value)
 
 
 def _decoding(command: Mapping[str, Any]) -> str:

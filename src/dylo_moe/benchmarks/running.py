@@ -28,6 +28,7 @@ CHECKPOINTS = ("model", "trained_model", "wandb_artifact")
 WITH_BASE = ("trained_model", "wandb_artifact")
 _SCORING = ("parallel", "sandbox", "min_time_limit", "gt_time_limit_factor", "base_only")
 _OURS = (*CHECKPOINTS, *_SCORING, "routing_strategy", "benchmarks", "max_samples", "output_dir", "backend", "id_range", "version")
+_NOT_RECORDED = ("resume", "ray")  # they decide how a run goes, and nothing of what it writes
 REPORTS = ("benchmark.json", "benchmark.html", "benchmark.png")
 
 
@@ -61,7 +62,7 @@ class BenchmarkPlan:
             "backend": self.backend,
             "strategies": list(self.strategies),
             "benchmarks": list(self.task_sets),
-            **{name: value for name, value in self.decoding.items() if name != "resume"},
+            **{name: value for name, value in self.decoding.items() if name not in _NOT_RECORDED},
             "min_time_limit": self.limits.min_time_limit,
             "gt_time_limit_factor": self.limits.gt_time_limit_factor,
             "base_only": self.limits.base_only,
@@ -111,27 +112,14 @@ def run_benchmarks(plan: BenchmarkPlan) -> dict[str, Any]:
     Raises:
         As `generate_samples` and `score_files`.
     """
-    benchmarks, identities = {}, []
-    for name, task_set in plan.task_sets.items():
-        directory = plan.directory / name
-        before, started = _counts(directory), time.monotonic()
-        files = _generate(plan, task_set, directory)
-        generated = time.monotonic()
-        new = sum(count - before.get(path, 0) for path, count in _counts(directory).items())
-        results = score_files(files, task_set, list(task_set.tasks), plan.limits, **plan.scoring)
-        entry = benchmark_entry(results)
-        for run, path in files.items():
-            entry["runs"][run]["samples_file"] = str(path.relative_to(plan.directory))
-        generation = {**_speed(new, generated - started), "scoring_seconds": time.monotonic() - generated}
-        about = {"task_file": str(task_set.path), "task_file_hash": task_set.hash, "generation": generation}
-        benchmarks[name] = {**about, **entry}
-        identities += [_identity(plan, path) for path in files.values()]
+    benchmarks = {name: _run_benchmark(plan, name) for name in plan.task_sets}
+    first = next(iter(next(iter(benchmarks.values()))["runs"].values()))
     return {
         "schema": SCHEMA,
         "date": datetime.now(UTC).strftime("%Y-%m-%d %H:%M UTC"),
         "command": plan.command,
         "versions": dict(versions()),
-        "identity": identities[0],
+        "identity": _identity(plan, plan.directory / first["samples_file"]),
         "sandbox": sorted({str(run["sandbox"]) for found in benchmarks.values() for run in found["runs"].values()}),
         "benchmarks": benchmarks,
     }
@@ -145,6 +133,20 @@ def write_reports(document: Mapping[str, Any], directory: Path) -> list[Path]:
     build_page(document).write(paths[1])
     save_png(picture(document), paths[2])
     return paths
+
+
+def _run_benchmark(plan: BenchmarkPlan, name: str) -> dict[str, Any]:
+    task_set, directory = plan.task_sets[name], plan.directory / name
+    before, started = _counts(directory), time.monotonic()
+    files = _generate(plan, task_set, directory)
+    generated = time.monotonic()
+    new = sum(count - before.get(path, 0) for path, count in _counts(directory).items())
+    results = score_files(files, task_set, list(task_set.tasks), plan.limits, **plan.scoring)
+    entry = benchmark_entry(results)
+    for run, path in files.items():
+        entry["runs"][run]["samples_file"] = str(path.relative_to(plan.directory))
+    generation = {**_speed(new, generated - started), "scoring_seconds": time.monotonic() - generated}
+    return {"task_file": str(task_set.path), "task_file_hash": task_set.hash, "generation": generation, **entry}
 
 
 def _decoding(options: Mapping[str, Any]) -> dict[str, Any]:
