@@ -187,6 +187,23 @@ def counted_flops(work: Work) -> int:
     return counter.get_total_flops()
 
 
+def counted_calls(work: Work) -> int:
+    """Operators that `work` calls, views included: what Python and launches cost does not show in the operations."""
+    with _Calls() as calls:
+        work()
+    return calls.number
+
+
+class _Calls(TorchDispatchMode):
+    def __init__(self) -> None:
+        super().__init__()
+        self.number = 0
+
+    def __torch_dispatch__(self, func: Callable, types: tuple, args: tuple = (), kwargs: dict | None = None) -> object:
+        self.number += 1
+        return func(*args, **(kwargs or {}))
+
+
 def peak_bytes(work: Work, device: str = "cpu") -> int:
     """Peak of live bytes allocated by `work` above what was live before it, in its second call: the first may fill caches."""
     work()
