@@ -7,6 +7,7 @@ from typing import Any
 
 from rich.console import Console
 from rich.table import Table
+from rich.text import Text
 
 from dylo_moe.errors import one_line
 from dylo_moe.expertise.figures import figures, weight_figures
@@ -177,10 +178,10 @@ def _tasks(found: Mapping[str, Any]) -> tuple[Headers, Rows]:
 
 def _rich(title: str, headers: Sequence[str], rows: Iterable[Sequence[Any]]) -> Table:
     table = Table(title=title, title_justify="left", box=None, pad_edge=False)
-    for header in headers:
-        table.add_column(header, overflow="fold")
+    for header in headers:  # as Text, because brackets in a name are no markup
+        table.add_column(Text(one_line(header)), overflow="fold")
     for row in rows:
-        table.add_row(*(one_line(_cell(cell)) for cell in row))
+        table.add_row(*(Text(one_line(_cell(cell))) for cell in row))
     return table
 
 
