@@ -73,7 +73,7 @@ class Host:
             os.setsid()
             _close_all_but(pipe)
             os.chdir(directory)
-            lock = partial(lock_down, self.level, self.readable, directory)
+            lock = partial(_lock, self.level, self.readable, directory)
             if isinstance(self._task, stock.Task):
                 self._task.run(question, pipe, lock)
             else:
@@ -109,6 +109,12 @@ class Host:
         self._answers.write(kind + struct.pack("<Q", len(data)))
         self._answers.write(data)
         self._answers.flush()
+
+
+def _lock(level: Level, paths: list[str], directory: str) -> None:
+    if level.seccomp:
+        die_with_parent()
+    lock_down(level, paths, directory)
 
 
 def _close_all_but(pipe: int) -> None:

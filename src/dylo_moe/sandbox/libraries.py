@@ -5,6 +5,7 @@ from __future__ import annotations
 import site
 import sys
 import sysconfig
+from importlib.util import find_spec
 from pathlib import Path
 
 _SYSTEM = (
@@ -37,9 +38,7 @@ def import_path() -> str:
 
 def _homes() -> list[str]:
     """Where packages lie that neither installation holds, as with PYTHONPATH."""
-    import numpy
-
-    return [str(Path(numpy.__file__).parents[1])]
+    return [str(Path(find_spec(name).origin).parents[1]) for name in ("numpy", "evalplus")]
 
 
 def _outermost(paths: list[str]) -> list[str]:

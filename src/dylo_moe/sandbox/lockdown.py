@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ctypes
+import os
 import resource
 import signal
 import sys
@@ -18,7 +19,7 @@ _CAPABILITIES_3 = 0x20080522
 
 
 def lock_down(level: Level, readable: list[str], directory: str) -> None:
-    """What runs here from now on reads `readable`, writes in `directory`, and ends with the process that started it.
+    """What runs here from now on reads `readable` and writes in `directory`, and can do nothing to other processes.
 
     The memory is left to EvalPlus's guard, and the number of processes to seccomp, which allows no second one: RLIMIT_NPROC
     would count those of the user's other programs.
@@ -29,18 +30,17 @@ def lock_down(level: Level, readable: list[str], directory: str) -> None:
     if not level.seccomp:
         return
     libc = ctypes.CDLL(None, use_errno=True)
-    die_with_parent()
     for limit, value in ((resource.RLIMIT_CORE, 0), (resource.RLIMIT_FSIZE, FILE_BYTES), (resource.RLIMIT_NOFILE, OPEN_FILES)):
         _lower(limit, value)
     signal.signal(signal.SIGXFSZ, signal.SIG_IGN)  # a file that grows too large is an OSError
     if level.landlock:
-        landlock.restrict(readable, [directory])
+        landlock.restrict(readable, [directory, os.devnull])
     _drop_capabilities(libc)
     seccomp.install()
 
 
 def die_with_parent() -> None:
-    """Nothing of this process is left when the one that started it ends. For Linux; elsewhere nothing happens."""
+    """This process ends when the thread that started it does. On Linux; elsewhere nothing happens."""
     if sys.platform == "linux":
         ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL, 0, 0, 0)
 

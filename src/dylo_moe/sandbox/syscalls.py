@@ -64,4 +64,5 @@ def number(name: str, machine: str) -> int:
     """Raises KeyError for a call that this machine does not have, or that is not listed."""
     if machine == "x86_64" and name in ONLY_X86_64:
         return ONLY_X86_64[name]
-    return (ALLOWED | CHECKED | REFUSED)[name][list(MACHINES).index(machine)]
+    table = next((table for table in (ALLOWED, CHECKED, REFUSED) if name in table), ALLOWED)
+    return table[name][list(MACHINES).index(machine)]
