@@ -29,10 +29,15 @@ class Held:
 
     def __init__(self) -> None:
         self._sums: dict[int, Sums] = {}
+        self._plain: dict[int, Sums] = {}
         self._watched: list[tuple[dict, Tensor, int, int]] = []
 
-    def sums_of(self, layer: LoraLinear, make: Callable[[], Sums]) -> Sums:
-        """The layer's, with a stack."""
+    def plain_sums_of(self, layer: LoraLinear) -> Sums | None:
+        """The layer's, if they are kept already and all that it adds to its base."""
+        return self._plain.get(id(layer))
+
+    def sums_of(self, layer: LoraLinear, make: Callable[[], Sums], *, is_plain: bool) -> Sums:
+        """The layer's, with a stack. is_plain: they are all that the layer adds to its base."""
         if id(layer) not in self._sums:
             sums = make()
             modules = [part[name] for part in (layer.lora_A, layer.lora_B) for name in part]
@@ -42,6 +47,8 @@ class Held:
                 weight = module.weight
                 self._watched.append((module._parameters, weight, weight._version, weight.data_ptr()))
             self._sums[id(layer)] = sums.stacked()
+            if is_plain:
+                self._plain[id(layer)] = self._sums[id(layer)]
         return self._sums[id(layer)]
 
     def check(self) -> None:
@@ -49,6 +56,7 @@ class Held:
         for parameters, weight, version, place in self._watched:
             if parameters.get("weight") is not weight or weight._version != version or weight.data_ptr() != place:
                 self._sums.clear()
+                self._plain.clear()
                 self._watched.clear()
                 return
 

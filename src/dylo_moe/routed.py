@@ -144,6 +144,10 @@ class RoutedLinear(LoraLinear):
     def forward(self, x: Tensor, *args: object, **kwargs: object) -> Tensor:
         """x: (B, S, in) -> (B, S, out), mixed as the model's Mixture says."""
         route = self.mixture.route
+        if self.mixture.held is not None and isinstance(route, Tensor) and route.dim() == 3 and not torch.is_grad_enabled():
+            sums = self.mixture.held.plain_sums_of(self)
+            if sums is not None and x.dtype == sums.dtype:
+                return self._add_stack(self.base_layer(x, *args, **kwargs), x, route.to(x.device), sums)
         if self.merged:
             raise RoutingError("an adapter is merged into the base weights; call unmerge_adapter() before routing")
         own_bias = getattr(self.get_base_layer(), "expert_bias", None) if self.lora_variant else None
@@ -229,11 +233,16 @@ class RoutedLinear(LoraLinear):
         """Adds the experts that are sums of deltas. result: nobody else's."""
         if any(self.lora_bias.values()):
             result = self._add_lora_biases(result, weights, experts)
-        spread, sums = self.mixture.spread(weights, x.shape[:2]), self._sums(experts)
+        sums = self._sums(experts)
         if self._drops_out(experts):
             # Each expert draws its own mask, as it does in PEFT.
             hidden = torch.cat([self.lora_A[name](self.lora_dropout[name](x)) for _, name in experts], dim=-1)
-            return add_dense(result, x, spread, sums, hidden)
+            return add_dense(result, x, self.mixture.spread(weights, x.shape[:2]), sums, hidden)
+        return self._add_stack(result, x, weights, sums)
+
+    def _add_stack(self, result: Tensor, x: Tensor, weights: Tensor, sums: Sums) -> Tensor:
+        """The way that does less work. result: nobody else's."""
+        spread = self.mixture.spread(weights, x.shape[:2])
         # A weight of 0 that learns needs its expert's output; on a GPU, counting would make the host wait.
         learns = torch.is_grad_enabled() and weights.requires_grad
         if not learns and weights.device.type == "cpu" and not torch.compiler.is_compiling() and sums.cheaper_grouped(spread):
@@ -242,8 +251,14 @@ class RoutedLinear(LoraLinear):
 
     def _sums(self, experts: list[tuple[int, str]]) -> Sums:
         if self.mixture.held is not None and not torch.is_grad_enabled():
-            return self.mixture.held.sums_of(self, lambda: self._sums_now(experts))
+            return self.mixture.held.sums_of(self, lambda: self._sums_now(experts), is_plain=self._is_plain())
         return self._sums_now(experts)
+
+    def _is_plain(self) -> bool:
+        """Whether the layer is its base, which nobody watches, and the sums of all its experts."""
+        own = self.lora_variant or self.is_readout or self.mixture.shared is not None or any(self.lora_bias.values())
+        watched = type(self.base_layer) not in _FRESH or self.base_layer._forward_hooks
+        return not (own or watched or self.merged or self.disable_adapters or self.training)
 
     def _sums_now(self, experts: list[tuple[int, str]]) -> Sums:
         lora_A, lora_B, scaling = self.lora_A, self.lora_B, self.scaling
