@@ -128,3 +128,21 @@ def test_batch_that_does_not_fit_is_halved(base, tmp_path):
     halved = analyse(decoder, TEXTS, batch_size=3).document
     assert sizes == [3, 1, 2, 1, 1]
     np.testing.assert_allclose(halved["balance"]["share"], whole["balance"]["share"], atol=1e-6)
+
+
+def test_entropy_before_the_choice_is_compared_with_that_of_the_layer_s_own_experts(base, tmp_path):
+    mixture = draw(base, ("q_proj",), experts=(2, 3), ranks=(4, 4))
+    write_mola(tmp_path / "checkpoint", mixture, pickled=False)
+    options = {"dtype": "float32", "temperature": 0.0, "assume": {"top_k": 1}}
+    decoder = PeftMoEDecoder(str(tmp_path / "checkpoint"), "humaneval", **options)
+    document = analyse(decoder, TEXTS).document
+    logits = [[], []]
+    for gate, kept in zip(decoder.model.router, logits, strict=True):
+        gate.gate.register_forward_hook(lambda module, inputs, output, kept=kept: kept.append(output[0].double()))
+    for text in TEXTS:
+        weights_alone(decoder, text)
+    shares = [torch.cat(kept).softmax(-1) for kept in logits]
+    entropy = [-(p * p.log()).sum(-1) / np.log(p.shape[-1]) for p in shares]
+    assert [p.shape[-1] for p in shares] == [2, 3]
+    expected = torch.stack(entropy).mean().item()
+    assert document["decision_before_top_k"]["entropy"]["mean"] == pytest.approx(expected, abs=1e-5)
