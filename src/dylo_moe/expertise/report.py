@@ -10,8 +10,7 @@ from rich.table import Table
 from rich.text import Text
 
 from dylo_moe.errors import one_line
-from dylo_moe.expertise.figures import figures, weight_figures
-from dylo_moe.expertise.remarks import called
+from dylo_moe.expertise.figures import figures, short, weight_figures
 from dylo_moe.pages import Page
 
 Headers, Rows = list[str], list[list[Any]]
@@ -83,12 +82,12 @@ def _strategies(found: Mapping[str, Any]) -> tuple[Headers, Rows]:
 
 
 def _experts(found: Mapping[str, Any], names: Sequence[str]) -> tuple[Headers, Rows]:
-    headers = ["expert", "pass@1", "95 % interval", "best on", "only one on", "router chose", "router's weight"]
+    headers = ["expert", "name", "pass@1", "95 % interval", "best on", "only one on", "router chose", "router's weight"]
     rows = []
     for one in found["experts"]:
         score, load = one["pass@1"], None if one["load"] is None else f"{one['load']:.1%}"
         counts = [one["best_on"], one["alone_on"], one["chosen_on"]]
-        rows.append([called(one["expert"], names), score["value"], _span(score), *counts, load])
+        rows.append([one["expert"], short(names[one["expert"]]), score["value"], _span(score), *counts, load])
     against = [one["against_base"] for one in found["experts"]]
     if any(against):
         headers += ["above base", "p"]
@@ -97,7 +96,7 @@ def _experts(found: Mapping[str, Any], names: Sequence[str]) -> tuple[Headers, R
 
 
 def _categories(found: Mapping[str, Any], names: Sequence[str]) -> tuple[Headers, Rows]:
-    headers = ["category", "tasks", *(called(e, names) for e in range(len(names))), "best", "oracle"]
+    headers = ["category", "tasks", *(f"{expert}: {short(name)}" for expert, name in enumerate(names)), "best", "oracle"]
     headers += [] if found["routing"] is None else ["router", "router chose"]
     rows = []
     for row in found["categories"]["rows"]:
@@ -152,7 +151,7 @@ def weight_rows(weights: Mapping[str, Any], names: Sequence[str]) -> tuple[Heade
     for i, j in _pairs(len(names)):
         cells = [weights[name][i][j] for name in ("cosine", "reads", "writes")]
         norms = [weights["norms"][expert] for expert in (i, j)]
-        rows.append([f"{called(i, names)}, {called(j, names)}", *(_or_undefined(cell) for cell in (*cells, *norms))])
+        rows.append([f"{i}: {short(names[i])}, {j}: {short(names[j])}", *(_or_undefined(cell) for cell in (*cells, *norms))])
     return ["experts", "cosine", "overlap of inputs", "overlap of outputs", "norm of the first", "of the second"], rows
 
 
