@@ -61,7 +61,7 @@ def connected(address: str) -> Iterator[Slots]:
     try:
         ray.init(address=address, **options)
     except (ConnectionError, RuntimeError, ValueError, ray.exceptions.RayError) as error:
-        raise ClusterError(f"{address}: no Ray cluster to work with: {error}") from None
+        raise ClusterError(f"{address}: no Ray cluster there, or one with another token than here: {error}") from None
     try:
         if address == "auto":
             _require_token(ray.get_runtime_context().gcs_address)

@@ -71,7 +71,8 @@ class Progress:
         done = self._samples - left
         time_left = f", {_clock(elapsed * left / done)} left" if done else ""
         tasks = f"{self._tasks - len(self._left)}/{self._tasks} tasks, {done}/{self._samples} samples"
-        return f"{tasks}, {self._tokens / elapsed:.0f} tokens/s{time_left}"
+        speed = f", {self._tokens / elapsed:.0f} tokens/s" if self._tokens else ""
+        return f"{tasks}{speed}{time_left}"
 
     def _new_bars(self) -> Bars:
         columns = TextColumn("{task.description}"), BarColumn(bar_width=20), TextColumn("{task.fields[told]}")

@@ -135,8 +135,8 @@ class SampleJournal:
         records = [record for task in task_ids for record in self.records.get(task, {}).values()]
         return self._content.header() + b"".join(checked_line(asdict(record)) for record in records)
 
-    def absorb(self, lines: bytes) -> int:
-        """Adds what a worker wrote behind an excerpt: whole lines of samples. Returns how many.
+    def absorb(self, lines: bytes) -> list[Record]:
+        """Adds what a worker wrote behind an excerpt: whole lines of samples. Returns them.
 
         Raises:
             SampleFileError: as `append`; or a line is damaged.
@@ -144,8 +144,9 @@ class SampleJournal:
         payloads, good = whole_lines(lines, self.path)
         if good != len(lines):
             raise SampleFileError(f"{self.path}: what a worker sent is damaged after {len(payloads)} samples")
-        self.append([Record(**payload) for payload in payloads])
-        return len(payloads)
+        records = [Record(**payload) for payload in payloads]
+        self.append(records)
+        return records
 
     def export(
         self, task_order: Iterable[str], n_samples: int, versions: Mapping[str, str], *, chosen: Iterable[str] = ()

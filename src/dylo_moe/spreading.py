@@ -4,12 +4,10 @@ from __future__ import annotations
 
 import functools
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
-
-from evalplus.utils import progress
 
 from dylo_moe.cluster import Slots, connected
 from dylo_moe.cluster_worker import ShardWorker
@@ -18,6 +16,7 @@ from dylo_moe.generating import Generation
 from dylo_moe.generating import generate_samples as generate_here
 from dylo_moe.identity import difference
 from dylo_moe.journal_lines import whole_lines
+from dylo_moe.progress import Progress
 from dylo_moe.samples import SampleJournal
 
 START_SECONDS = 120.0  # until one worker has found a place; a worker that waits behind others may wait longer
@@ -74,9 +73,8 @@ class _Run:
         """Returns when no sample is missing."""
         tasks = [task for task in self.generation.task_ids() if self.missing([task])]
         count = min(self.slots.count, len(tasks))
-        with progress(self.generation.task_set.dataset) as bar:
-            self.say: Callable[[str], None] = bar.console.print
-            self.bar = bar, bar.add_task(f"{count} workers", total=self.missing(tasks))
+        label = f"{self.generation.task_set.dataset} on {count} workers"
+        with Progress(label, [task for task in tasks for _ in range(self.missing([task]))]) as self.progress:
             for number in range(count):
                 self.begin(_Shard(tasks[number::count]))
             while self.asked:
@@ -124,7 +122,8 @@ class _Run:
         for name, lines in found.items():
             if name not in self.journals:
                 raise ClusterError(f"{shard.host}: {_foreign(name, lines, list(self.journals.values()))}")
-            self.bar[0].advance(self.bar[1], self.journals[name].absorb(lines))
+            for record in self.journals[name].absorb(lines):
+                self.progress.finish(record.task_id)
             shard.taken[name] += len(lines)
             shard.deaths = 0
         if not done:
@@ -139,7 +138,7 @@ class _Run:
         shard.deaths += 1
         if shard.deaths > DEATHS:
             raise ClusterError(f"{shard.host or 'a worker'}: died {shard.deaths} times with task {shard.tasks[0]}: {reason}")
-        self.say(one_line(f"The worker on {shard.host or 'a machine'} died ({reason}): another one continues", 200))
+        self.progress.say(one_line(f"The worker on {shard.host or 'a machine'} died ({reason}): another one continues", 200))
         self.ray.kill(shard.worker)
         self.begin(shard)
 
