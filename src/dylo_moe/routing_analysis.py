@@ -96,7 +96,7 @@ def analyse_checkpoint(options: Mapping[str, Any], progress: Console | None = No
     track = _Tracker(progress)
     path = adapter_or_artifact(options.get("model"), options.get("wandb_artifact"))
     checkpoint = read_checkpoint(path, **options.get("assume", {}))
-    if checkpoint.router is None:
+    if checkpoint.router is None:  # said before a base model is loaded
         raise OptionError(f"{path}: a checkpoint of the format {checkpoint.format} without a router, so nothing is routed")
     texts, source = _texts(options)
     decoder = _decoder(path, options)
@@ -105,7 +105,7 @@ def analyse_checkpoint(options: Mapping[str, Any], progress: Console | None = No
     sizes = {"batch_size": options.get("bs", 8), "shown_texts": options.get("show", SHOWN_TEXTS)}
     analysis = analyse(decoder, texts, **sizes, track=track)
     analysis.document["texts"].update({"source": source, "sha256": texts_hash(texts)})
-    analysis.document.update(_made_with(checkpoint, options))
+    analysis.document.update(_made_with(decoder.model.checkpoint, options))
     return analysis
 
 

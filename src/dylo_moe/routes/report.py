@@ -201,6 +201,8 @@ def print_report(document: Mapping[str, Any], console: Console) -> None:
         if value is not None:
             measures.add_row(name, _cell(value))
     console.print(measures)
+    for line in document["checkpoint"]["warnings"]:
+        console.print(f"checkpoint  {one_line(line)}", markup=False, highlight=False)
     for finding in document["findings"]:
         style = _COLOURS[finding["kind"]]
         console.print(f"[{style}]{finding['kind']}[/{style}]  {escape(one_line(finding['text']))}", highlight=False)

@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 import torch
 
+from dylo_moe.routes.texts import Text
 from dylo_moe.routes.tokens import encode
 from tests.unit.routes.planted import TEXTS, E, analysis_of, by_token, fixed, planted_decoder
 
@@ -63,6 +64,7 @@ def test_router_that_looks_at_the_token_is_counted_token_by_token(decoder):
         assert task["dominant"] == max(range(E), key=task["share"].__getitem__)
     prompt = [i for text in tokens for i in text.ids[: text.prompt_length]]
     close(document["parts"]["prompt"], [sum(i % E == e for i in prompt) / len(prompt) for e in range(E)])
+    assert len(prompt) == sum(len(decoder.tokenizer(text.prompt)["input_ids"]) for text in TEXTS)
     assert document["prompt_tokens"] == len(prompt) and document["completion_tokens"] == total - len(prompt)
     first = [text.ids[0] for text in tokens]  # one position per place: the texts are short
     assert document["positions"]["width"] == 1 and document["positions"]["tokens"][0] == len(first)
@@ -111,7 +113,7 @@ def test_tokens_without_expert_and_without_number_are_counted_apart(decoder):
     def choose(ids):
         weights = by_token(ids).float()
         weights[ids % E == 1] = 0.0
-        weights[ids % E == 2] = math.nan
+        weights[..., 0][ids % E == 2] = math.nan
         return weights
 
     document = analysis_of(decoder, choose).document
@@ -152,3 +154,13 @@ def test_shown_texts_are_the_first_ones_with_the_shares_of_their_tokens(decoder)
         assert text.shares.argmax(axis=1).tolist() == [number % E for number in own.ids]
         assert len(text.pieces) == len(own.ids) and text.prompt_length == own.prompt_length
     assert shown[0].pieces[0].is_special and "".join(p.text for p in shown[0].pieces[1:]).startswith("def·halves")
+
+
+def test_text_is_cut_where_the_model_ends_and_left_out_where_it_is_empty(decoder):
+    longest = decoder.model.config.max_position_embeddings
+    texts = [Text("long", "a " * longest, "b"), Text("long", "a", "b " * longest), Text("nothing", ""), Text("short", "a", "b")]
+    plain = decoder.tokenizer("")["input_ids"]
+    encoded = encode(decoder, texts, ["long", "nothing", "short"])
+    assert [len(tokens.ids) for tokens in encoded.tokens[:2]] == [longest, longest] and encoded.cut == 2
+    assert encoded.tokens[0].prompt_length == longest and encoded.tokens[1].prompt_length == len(plain) + 1
+    assert encoded.kept == ([0, 1, 2, 3] if plain else [0, 1, 3])
