@@ -10,7 +10,7 @@ from pathlib import Path
 
 import torch
 
-from harness.measure import PairedRatio, PairedTimer
+from harness.measure import PairedRatio, PairedTimer, Work
 from harness.performance import forward, generation, record, training
 from harness.performance.cells import Cell, Result
 
@@ -31,6 +31,9 @@ GROUPS: dict[str, Callable[[bool], Iterator[Cell]]] = {
 # An A/A test: the same work twice. Its median has to be this near to 1, and 1 inside its interval or nearly so.
 CLOCK_PAIRS = 15
 CLOCK_BAND = 0.02
+# A neighbour's burst may be over after a pause, in seconds.
+CLOCK_ATTEMPTS = 4
+CLOCK_PAUSE = 3
 
 
 class Refused(Exception):
@@ -55,17 +58,21 @@ def run(options: Namespace) -> int:
     return 2 if missed else 0
 
 
-def check_clock(threads: int) -> PairedRatio:
-    """Two products of equal size, paired as every cell is. Raises Refused where they seem to differ."""
-    matrix = torch.randn(768, 768, generator=torch.Generator().manual_seed(0))
+def products(count: int = 4) -> None:
+    matrix = torch.ones(768, 768)
+    for _ in range(count):
+        matrix @ matrix
 
-    def work() -> None:
-        for _ in range(4):
-            matrix @ matrix
 
-    found = PairedTimer(work, work, seed=time.time_ns() % 2**32, threads=threads).more(CLOCK_PAIRS)
-    near = abs(found.ratio - 1) <= CLOCK_BAND and found.low <= 1 + CLOCK_BAND and found.high >= 1 - CLOCK_BAND
-    if not near or found.high - found.low > 5 * CLOCK_BAND:
+def check_clock(threads: int, ours: Work = products, other: Work = products, *, pause: float = CLOCK_PAUSE) -> PairedRatio:
+    """The same work twice, paired as in every cell. Raises Refused where they seem to differ."""
+    for attempt in range(CLOCK_ATTEMPTS):
+        time.sleep(attempt * pause)
+        found = PairedTimer(ours, other, seed=time.time_ns() % 2**32, threads=threads).more(CLOCK_PAIRS)
+        is_near = abs(found.ratio - 1) <= CLOCK_BAND and found.low <= 1 + CLOCK_BAND and found.high >= 1 - CLOCK_BAND
+        if is_near and found.high - found.low <= 5 * CLOCK_BAND:
+            break
+    else:
         bounds = f"{found.ratio:.3f} times itself (95 % bounds {found.low:.3f} to {found.high:.3f})"
         raise Refused(f"a product took {bounds}: no ratio of this machine means anything now; load {os.getloadavg()[0]:.1f}")
     return found
