@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
@@ -61,7 +62,7 @@ def analyse_benchmark(
 
     Returns:
         As `document.describe`, and: sandbox, measured_alone: how the code ran (see `results.summarise`); remarks: lines in plain
-        words; files: {strategy: its sample file}.
+        words; warnings: of loading the checkpoint; files: {strategy: its sample file}.
 
     Raises:
         As `generate_samples`, `score_files` and `categorise`.
@@ -76,7 +77,12 @@ def analyse_benchmark(
     found = describe(read_passes(results, len(names)), sorted_in, observed, names)
     first = results["single:0"]
     found |= {name: first[name] for name in ("sandbox", "measured_alone") if name in first}
-    return {**found, "remarks": benchmark_remarks(found, names), "files": {name: str(path) for name, path in files.items()}}
+    return {
+        **found,
+        "remarks": benchmark_remarks(found, names),
+        "warnings": list(decoder.model.checkpoint.warnings),
+        "files": {name: str(path) for name, path in files.items()},
+    }
 
 
 def texts_of(tasks: Mapping[str, Mapping[str, Any]], samples: Path | None) -> list[Text]:
@@ -121,15 +127,19 @@ def analyse_experts(
     checkpoint = read_checkpoint(first.checkpoint, **(first.decoder["assume"] or {}))
     options = {"categories": categories, "scoring": scoring, "track": track}
     found = {name: analyse_benchmark(plan, root / name, limits, **options) for name, plan in generations.items()}
-    names = [expert.name for expert in checkpoint.experts]
+    # Loading may have given the experts other names, so that they stay in their order.
+    names = [expert["name"] for expert in next(iter(found.values()))["experts"]]
+    renamed = tuple(replace(expert, name=name) for expert, name in zip(checkpoint.experts, names, strict=True))
+    checkpoint = replace(checkpoint, experts=renamed)
     weights = describe_weights(compare_weights(checkpoint, track), without_effect(checkpoint))
+    warnings = [*checkpoint.warnings, *(line for one in found.values() for line in one["warnings"])]
     return {
         "schema": SCHEMA,
         "checkpoint": str(checkpoint.path),
         "format": checkpoint.format,
         "hash": combined_hash(checkpoint.hashes),
         "experts": names,
-        "warnings": list(checkpoint.warnings),
+        "warnings": list(dict.fromkeys(warnings)),
         "remarks": weight_remarks(weights, names),
         "benchmarks": found,
         "weights": weights,

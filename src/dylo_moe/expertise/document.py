@@ -15,7 +15,7 @@ import numpy as np
 from dylo_moe.expertise import answers, choices
 from dylo_moe.expertise.categories import Categories
 from dylo_moe.expertise.observing import Observed, loads
-from dylo_moe.expertise.passes import Passes, best_of, dispensable, winners
+from dylo_moe.expertise.passes import HALF, Passes, best_of, dispensable, winners
 from dylo_moe.expertise.weights import WeightSimilarity
 from dylo_moe.statistics import Estimate, compare, holm, mean_interval
 
@@ -139,7 +139,7 @@ def _routing(passes: Passes, chosen: np.ndarray, observed: Mapping[str, Observed
     agreed, possible = choices.agreement(passes.known, chosen)
     seen = [observed[task] for task in passes.tasks]
     names = ("oracle", "router", "chosen", "best_single", "random", "by_choice", "by_mixing")
-    beyond = (passes.rates("router") >= 0.5) & ~passes.known.any(axis=0)
+    beyond = (passes.rates("router") >= HALF) & ~passes.known.any(axis=0)
     return {
         **{name: getattr(found, name) for name in names},
         "regret": {**shown(compared.difference), "p": compared.p},

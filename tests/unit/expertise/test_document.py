@@ -31,7 +31,7 @@ def whole(found, names=NAMES):
     """A document around one benchmark, as the command writes it."""
     weights = {"norms": [1.0] * len(names), "by_module": {}, "undefined": {}, "without_effect": []}
     squares = {name: np.eye(len(names)).tolist() for name in ("cosine", "reads", "writes")}
-    extra = {"sandbox": "none", "measured_alone": 0, "files": {}, "remarks": benchmark_remarks(found, names)}
+    extra = {"sandbox": "none", "measured_alone": 0, "files": {}, "warnings": [], "remarks": benchmark_remarks(found, names)}
     return {
         **{"schema": 1, "checkpoint": "<b>somewhere</b>", "format": "dylo-moe", "hash": "", "experts": names, "warnings": []},
         **{"remarks": [], "benchmarks": {"humaneval": {**found, **extra}}, "versions": {}, "date": ""},

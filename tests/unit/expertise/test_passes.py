@@ -96,6 +96,7 @@ def test_weaker_one_goes_first_and_one_always_stays():
     assert dispensable(passes([[0, 0], [0, 0], [0, 0]])) == ([0, 1, 2], [1, 2])
     assert dispensable(passes([[0, 0]])) == ([], [])
     assert dispensable(passes([[1, 1, 1], [0, 1, 1], [1, 1, 1]])) == ([0, 1, 2], [1, 2])
+    assert dispensable(passes([[1, 1, 0], [1, 0, 0], [0, 1, 0], [0, 0, 1]])) == ([0, 1, 2], [1, 2])
 
 
 @pytest.mark.parametrize("seed", range(20))
