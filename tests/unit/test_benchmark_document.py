@@ -148,6 +148,20 @@ def test_many_comparisons_need_more_evidence():
     ]
 
 
+def test_verdict_is_of_p_raised_for_the_number_of_comparisons():
+    """Six of nine tasks won: p 0.031 alone, 0.094 as the smallest of three."""
+    weak, strong, between = singles("---------"), singles("++++++---"), singles("+++------")
+    alone = benchmark_entry({"a": weak, "b": strong})["comparisons"][0]
+    together = benchmark_entry({"a": weak, "b": strong, "c": between})["comparisons"][0]
+    assert (alone["p"], alone["verdict"]) == (2 / 64, "better")
+    assert (together["p"], together["verdict"]) == (2 / 64, "not significant")
+
+
+def test_extra_tests_alone_do_not_pass_a_task():
+    counts = benchmark_entry({"x": result([row(False, True)])})["runs"]["x"]["per_task"]["HumanEval/0"]
+    assert (counts["plus"], counts["stock_plus"]) == (0, 0)
+
+
 def test_rates_are_compared_by_sign_flips():
     few, many = ([[row(True)] * n + [row(False, False)] * (4 - n) for n in counts] for counts in ([1] * 8, [3] * 8))
     (found,) = benchmark_entry({"a": result(*few), "b": result(*many)})["comparisons"]

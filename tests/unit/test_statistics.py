@@ -160,7 +160,7 @@ def test_p_of_rates_is_that_of_all_sign_flips(thirds):
     assert paired_p(d) == pytest.approx(min(1.0, 2 * tail))
 
 
-@pytest.mark.parametrize("tenths", [[1, 2, -3], [3, -1, -1, -1], [7, -4, -3]])
+@pytest.mark.parametrize("tenths", [[1, 2, -3], [-6, -6, 4, -5, -3, 8, 8], [-7, -1, -1, -1, 2, 8]])
 def test_runs_that_balance_do_not_differ_whatever_floats_make_of_their_sum(tenths):
     assert paired_p([tenth / 10 for tenth in tenths]) == 1.0
 
