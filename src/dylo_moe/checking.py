@@ -75,6 +75,7 @@ class Checker:
         Raises:
             JailBroken: a process that runs solutions does not start.
         """
+        self._hand_over(truth, options["stock"])
         begin = time.monotonic()
         found = self._run_ours(truth, part, solution, options)
         middle = time.monotonic()
@@ -85,8 +86,7 @@ class Checker:
         return {"stock": stock, "ours": found.status, "reason": reason, "seconds": seconds, "failed": failed}
 
     def _run_ours(self, truth: Truth, part: str, solution: str, options: dict[str, Any]) -> Found:
-        as_set = truth.comparison.as_set
-        self._prepare(self._ours, truth, {"stock": False, "as_set": as_set}, options)
+        self._ours.finish_load(PREPARE_SECONDS)
         least, factor = options["min_time_limit"], options["gt_time_limit_factor"]
         limits = [max(least, factor * seconds) for seconds in truth.seconds(part)]
         question = {
@@ -110,12 +110,11 @@ class Checker:
         return found
 
     def _run_stock(self, truth: Truth, part: str, solution: str, options: dict[str, Any]) -> str:
-        seconds = {part: truth.seconds(part) for part in truth.answers}
-        task = {"stock": True, "dataset": truth.dataset, "canonical": truth.canonical, "atol": truth.atol, "seconds": seconds}
-        self._prepare(self._stock, truth, task, options)
+        self._stock.finish_load(PREPARE_SECONDS + options["gt_time_limit_factor"] * truth.total_seconds)
+        seconds = truth.seconds(part)
         kept = {name: options[name] for name in ("fast_check", "min_time_limit", "gt_time_limit_factor")}
         least, factor = options["min_time_limit"], options["gt_time_limit_factor"]
-        limits = [sum(max(least, factor * s) for s in seconds[part][run]) for run in runs(seconds[part])]
+        limits = [sum(max(least, factor * s) for s in seconds[run]) for run in runs(seconds)]
         total = sum(min(_EVALPLUS_SECONDS, limit) + _AROUND_SECONDS for limit in limits)
         question = {"part": part, "solution": solution, "options": kept, "idle_seconds": total, "total_seconds": total}
         stream = _Stream(self._stock.check(question))
@@ -125,13 +124,20 @@ class Checker:
             return LATE if stream.end == "late" else FAIL
         return status
 
-    def _prepare(self, jail: Jail, truth: Truth, task: dict[str, Any], options: dict[str, Any]) -> None:
-        if self._loaded.get(jail) is truth and jail.running:
-            return
-        canonical = sum(sum(truth.seconds(part)) for part in truth.answers)
-        jail.load({**task, "entry_point": truth.entry_point, "inputs": truth.inputs})
-        jail.finish_load(PREPARE_SECONDS + options["gt_time_limit_factor"] * canonical)
+    def _hand_over(self, truth: Truth, stock: bool) -> None:
+        """To both at once, so that one gets ready while the other works."""
+        common = {"entry_point": truth.entry_point, "inputs": truth.inputs}
+        if not self._knows(self._ours, truth):
+            self._ours.load({**common, "stock": False, "as_set": truth.comparison.as_set})
+        if stock and not self._knows(self._stock, truth):
+            seconds = {part: truth.seconds(part) for part in truth.answers}
+            task = {"dataset": truth.dataset, "canonical": truth.canonical, "atol": truth.atol, "seconds": seconds}
+            self._stock.load({**common, **task, "stock": True})
+
+    def _knows(self, jail: Jail, truth: Truth) -> bool:
+        known = jail.running and self._loaded.get(jail) is truth
         self._loaded[jail] = truth
+        return known
 
 
 class _Stream:

@@ -163,7 +163,7 @@ class Scorer:
             answer = worker.ask({"dataset": task_set.dataset, "task": task_set.tasks[task_id]}, TRUTH_SECONDS)
         except WorkerGone as gone:
             raise ScoringError(f"{task_set.path}: {task_id}: its canonical solution cannot be run: {gone}") from None
-        return CHECK_SECONDS + 4 * self.limits.gt_time_limit_factor * sum(answer["seconds"].values())
+        return CHECK_SECONDS + 4 * self.limits.gt_time_limit_factor * answer["seconds"]
 
     def _check(self, worker: Worker, sample: Sample, options: dict[str, Any], seconds: float) -> dict[str, dict] | None:
         """The statuses of one sample; None if the worker did not survive it."""

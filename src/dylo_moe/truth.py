@@ -6,9 +6,8 @@ import json
 import time
 from copy import deepcopy
 from dataclasses import dataclass
+from types import ModuleType
 from typing import Any
-
-from evalplus.data.mbpp import mbpp_deserialize_inputs, mbpp_serialize_inputs
 
 from dylo_moe.comparison import Comparison
 from dylo_moe.sandbox.decoding import Damaged, decode
@@ -46,13 +45,17 @@ class Truth:
         self.answers: dict[str, list[Answer]] = {}
         for part in PARTS:
             inputs = record[f"{part}_input"]
-            self.inputs[part] = list(mbpp_deserialize_inputs(self.id, inputs) if dataset == "mbpp" else inputs)
+            self.inputs[part] = list(_mbpp().mbpp_deserialize_inputs(self.id, inputs) if dataset == "mbpp" else inputs)
             self.answers[part] = [self._answer(function, arguments) for arguments in self.inputs[part]]
 
     @property
     def size(self) -> int:
         """Bytes that the answers take."""
         return sum(len(answer.data) for answers in self.answers.values() for answer in answers)
+
+    @property
+    def total_seconds(self) -> float:
+        return sum(answer.seconds for answers in self.answers.values() for answer in answers)
 
     def seconds(self, part: str) -> list[float]:
         return [answer.seconds for answer in self.answers[part]]
@@ -70,7 +73,7 @@ class Truth:
 
     def readable(self, inputs: list[list]) -> list:
         """Inputs as EvalPlus writes them into its results."""
-        inputs = mbpp_serialize_inputs(self.id, inputs) if self.dataset == "mbpp" else inputs
+        inputs = _mbpp().mbpp_serialize_inputs(self.id, inputs) if self.dataset == "mbpp" else inputs
         return json.loads(json.dumps(inputs, default=repr))
 
     def _answer(self, function: Any, arguments: list) -> Answer:
@@ -80,3 +83,10 @@ class Truth:
         seconds = time.monotonic() - begin
         data, reflexive = encode_and_ask(self.comparison.expected(value))
         return Answer(data, reflexive and not self.comparison.special, seconds)
+
+
+def _mbpp() -> ModuleType:
+    """Takes a second to import."""
+    import evalplus.data.mbpp
+
+    return evalplus.data.mbpp

@@ -10,7 +10,9 @@ from pathlib import Path
 import pytest
 
 from dylo_moe import results
-from dylo_moe.errors import ScoringError, TaskSetError
+from dylo_moe.errors import OptionError, ScoringError, TaskSetError
+from dylo_moe.evalplus import evaluate
+from dylo_moe.sandbox.stock import runs
 from dylo_moe.scoring import Limits, Sample, Scorer, score
 from dylo_moe.tasks import load_tasks
 from dylo_moe.worker import Worker, WorkerGone
@@ -93,15 +95,9 @@ def test_sample_that_ran_out_of_time_is_measured_again_alone(monkeypatch, tmp_pa
     assert not wrong.measured_alone and not wrong.passed("ours", ["base"])
 
 
-def test_inputs_that_take_long_are_run_in_one_process(monkeypatch, tmp_path):
-    body = "    import time\n    time.sleep(x[0])\n    return x[1]\n"
-    tasks = task_set(monkeypatch, tmp_path, task(0, "f", body, [[[3, 1]], [[3, 2]], [[0, 3]]]))
-    wrong = "calls = []\ndef f(x):\n    calls.append(x)\n    return x[1] if len(calls) == 1 else 0\n"  # fails its second call
-    (score_of_wrong, score_of_right) = score(
-        tasks, [Sample("HumanEval/0", 0, wrong), Sample("HumanEval/0", 1, "def f(x):\n    return x[1]\n")], Limits(base_only=True)
-    )
-    assert score_of_wrong.parts["base"]["failed"] == [[[3, 2]]]
-    assert score_of_right.passed("ours", ["base"])
+def test_inputs_that_take_long_come_to_evalplus_in_several_runs():
+    assert runs([3, 3, 0, 1, 2, 9, 9]) == [slice(0, 1), slice(1, 4), slice(4, 5), slice(5, 6), slice(6, 7)]
+    assert runs([0.1] * 40) == [slice(0, 40)] and runs([]) == [slice(0, 0)]
 
 
 def test_tolerance_of_an_earlier_input_does_not_let_a_wrong_integer_pass(monkeypatch, tmp_path):
@@ -162,13 +158,52 @@ def test_canonical_solution_that_fails_is_an_error_that_names_the_task(monkeypat
         statuses(tasks, "def f(x):\n    return 0\n")
 
 
+CHANCE = "    import random\n    return random.random()\n"
+
+
+def test_no_score_without_canonical_solutions_that_pass(monkeypatch, tmp_path):
+    tasks = task_set(
+        monkeypatch,
+        tmp_path,
+        task(0, "f", "    return x\n", [[0]]),
+        task(1, "f", CHANCE, [[0]]),
+        task(2, "f", "    import socket\n    return socket.socket().fileno() > 0\n", [[0]]),
+        task(3, "f", "    return {1: [x, 2.5, None, {x}]}\n", [[0]]),
+    )
+    with Scorer(tasks, QUICK) as scorer:
+        scorer.calibrate(["HumanEval/0", "HumanEval/3"])
+        with pytest.raises(ScoringError, match=r"no score, as 2 canonical .*: HumanEval/1 \(fail\), HumanEval/2 \(fail\)"):
+            scorer.calibrate(tasks.tasks)
+
+
+def test_result_names_the_sandbox_and_is_not_reused_where_a_stronger_one_is_wanted(monkeypatch, tmp_path):
+    task_set(monkeypatch, tmp_path, task(0, "f", "    return x\n", [[1]]))
+    path = write_samples(tmp_path / "s.jsonl", ("HumanEval/0", "def f(x):\n    return x\n"))
+    free = evaluate("humaneval", samples=str(path), sandbox="none")
+    held = evaluate("humaneval", samples=str(path))
+    assert (free["sandbox"], free["pass@1"], held["pass@1"]) == ("none", 1.0, 1.0)
+    assert "seccomp" in held["sandbox"] and held["binding"]["sandboxed"] and not free["binding"]["sandboxed"]
+    assert evaluate("humaneval", samples=str(path))["date"] == held["date"]
+    with pytest.raises(OptionError, match="sandbox 'docker'"):
+        evaluate("humaneval", samples=str(path), sandbox="docker")
+
+
+def test_samples_of_a_task_with_a_wrong_canonical_solution_are_not_scored(monkeypatch, tmp_path):
+    task_set(monkeypatch, tmp_path, task(0, "f", CHANCE, [[1]]))
+    path = write_samples(tmp_path / "s.jsonl", ("HumanEval/0", "def f(x):\n    return x\n"))
+    with pytest.raises(ScoringError, match="no score"):
+        evaluate("humaneval", samples=str(path))
+    assert not results.result_path(path).exists()
+
+
 def test_child_that_does_not_answer_is_killed_and_replaced():
     with Worker("dylo_moe.scoring_worker") as worker:
         loop = {**task(0, "f", "    while True: pass\n", [[0]])}
         with pytest.raises(WorkerGone, match="within 1 s") as gone:
             worker.ask({"dataset": "humaneval", "task": loop}, 1)
         assert gone.value.late
-        assert worker.ask({"dataset": "humaneval", "task": task(0, "f", "    return x\n", [[0]])}, 60)["seconds"].keys() == {"base", "plus"}
+        right = task(0, "f", "    return x\n", [[0]])
+        assert 0 < worker.ask({"dataset": "humaneval", "task": right}, 60)["seconds"] < 1
 
 
 def summary(tasks, samples, limits=QUICK):

@@ -23,6 +23,7 @@ from dylo_moe.sandbox.libraries import import_path
 
 START_SECONDS = 120.0
 GRACE_SECONDS = 60.0  # after its own limits, for the host to say that they are over
+_LAST_WORDS_SECONDS = 1.0
 _HEAD = 9
 
 
@@ -37,6 +38,7 @@ class Jail:
         self.level = level
         self._process: subprocess.Popen[bytes] | None = None
         self._directory: Path | None = None
+        self._awaited = 0  # answers that have not been read
 
     def __enter__(self) -> Jail:
         return self
@@ -54,16 +56,19 @@ class Jail:
         task: what outputs.Task reads, with "stock" false, or stock.Task, with "stock" true.
 
         Raises:
-            JailBroken: the host does not start.
+            JailBroken: the host ended.
         """
         if self._process is None:
             self._start()
         self._send("load", task)
+        self._awaited += 1
 
     def finish_load(self, seconds: float) -> None:
-        """Raises JailBroken where the host does not get ready within these seconds."""
-        for _ in self._answer(seconds):
-            raise self._broken("said more than that it is ready")
+        """Raises JailBroken where the host does not get ready within these seconds, besides those of a start."""
+        while self._awaited:
+            for _ in self._answer(START_SECONDS + seconds):
+                raise self._broken("said more than that it is ready")
+            self._awaited -= 1
 
     def check(self, question: dict[str, Any]) -> Iterator[bytes]:
         """What the solution wrote, in chunks.
@@ -107,8 +112,7 @@ class Jail:
                 env=environment,
                 start_new_session=True,
             )
-        for _ in self._answer(START_SECONDS):
-            raise self._broken("said more than that it is ready")
+        self._awaited = 1
 
     def _errors(self) -> Path:
         return self._directory / "stderr"
@@ -147,6 +151,10 @@ class Jail:
         return data
 
     def _broken(self, problem: str) -> JailBroken:
+        try:
+            self._process.wait(_LAST_WORDS_SECONDS)
+        except subprocess.TimeoutExpired:
+            pass
         last = self._errors().read_text(errors="replace").strip().rpartition("\n")[2]
         self.stop()
         return JailBroken(f"the process that runs generated code {problem}{': ' + last[:300] if last else ''}")
