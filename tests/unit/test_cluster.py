@@ -95,7 +95,9 @@ def test_loopback_needs_no_token_but_something_that_listens(no_token):
 
 
 def test_what_listens_on_127_0_0_1_only_is_not_what_ray_would_ask(no_token):
-    pytest.importorskip("ray", reason="Ray is not installed: pip install 'dylo-moe[ray]'")
+    ray = pytest.importorskip("ray.util", reason="Ray is not installed: pip install 'dylo-moe[ray]'")
+    if ray.get_node_ip_address().startswith("127."):
+        pytest.skip("this machine has no address but its loopback")
     with socket.create_server(("127.0.0.1", 0)) as server, pytest.raises(ClusterError, match="--node-ip-address=127.0.0.2"):
         check_address(f"127.0.0.1:{server.getsockname()[1]}")
 

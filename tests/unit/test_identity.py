@@ -3,12 +3,16 @@
 from __future__ import annotations
 
 import importlib.metadata
+import inspect
 
 import pytest
 
+from dylo_moe.evalplus import plan_generation, run_codegen
 from dylo_moe.formats import read_checkpoint
+from dylo_moe.generating import run_identity
 from dylo_moe.identity import PACKAGES, checkpoint_identity, difference, identity_hash, versions
 from harness.specimens import write_base, write_checkpoint
+from harness.specimens.tasks import TASKS, write_task_set
 
 
 @pytest.fixture
@@ -55,6 +59,55 @@ def test_what_does_not_decide_samples_is_the_same_run(checkpoint, base, tmp_path
     (checkpoint / "training.log").write_text("about")
     base.rename(tmp_path / "elsewhere")
     assert identity(checkpoint, tmp_path / "elsewhere") == before
+
+
+# Options of run_codegen that say where, how many, or in what portions, or that the hashes stand for.
+NOT_IDENTITY = {
+    *(
+        "root",
+        "bs",
+        "n_samples",
+        "resume",
+        "id_range",
+        "shard",
+        "ray",
+        "model",
+        "dataset",
+        "version",
+        "base_model",
+        "adapter_path",
+    ),
+    *("wandb_artifact", "backend", "base_url", "tp", "evalperf_type", "jsonl_fmt", "routing_strategy"),
+}
+OTHER = {
+    "temperature": 0.7,
+    "greedy": True,
+    "force_base_prompt": True,
+    "attn_implementation": "sdpa",
+    "trust_remote_code": True,
+    "dtype": "float16",
+    "max_new_tokens": 5,
+    "seed": 1,
+    "device_map": "cpu",
+    "assume": {"top_k": 1},
+}
+
+
+def test_every_option_decides_the_identity_or_is_known_not_to(checkpoint, base, tmp_path, monkeypatch):
+    assert set(inspect.signature(run_codegen).parameters) == NOT_IDENTITY | set(OTHER)
+    monkeypatch.setenv("HUMANEVAL_OVERRIDE_PATH", str(write_task_set(tmp_path, "humaneval", TASKS[:2])))
+
+    def of(strategy="router", **options):
+        options = {"model": str(checkpoint), "dataset": "humaneval", "temperature": 0.8, **options}
+        planned = plan_generation(options, [strategy])
+        return identity_hash(run_identity(planned, strategy, read_checkpoint(checkpoint), base))
+
+    ways = [of(), of("best"), *(of(**{name: value}) for name, value in OTHER.items())]
+    assert len(set(ways)) == len(ways)
+    same = {"root": "elsewhere", "bs": 3, "n_samples": 5, "resume": False, "id_range": [0, 1], "shard": "1/2", "ray": "auto"}
+    assert {of(**{name: value}) for name, value in same.items()} == {of()}
+    monkeypatch.setenv("HUMANEVAL_OVERRIDE_PATH", str(write_task_set(tmp_path, "humaneval", TASKS[:3])))
+    assert of() not in ways
 
 
 def test_versions_name_the_code_that_generates():
