@@ -136,6 +136,31 @@ def check_round_robin(bench: Bench) -> None:
     _need_different_texts(w, bench.prompts[0])
 
 
+def check_base_is_model_without_adapters(bench: Bench) -> None:
+    """`base` writes what the base model writes with every adapter off, the shared one too, token for token.
+
+    Reason: against a base that keeps an adapter on, every gain looks smaller than it is.
+    Tolerance: none but a near tie.
+    """
+    w = _generating(bench, "base")
+    same = 0
+    for prompt in bench.prompts[:2]:
+        want, _ = w.reference.greedy(prompt, NEW_TOKENS, partial(_base_logits, w))
+        try:
+            got = _generate(w, prompt, strategy="base")
+        except ValueError as error:
+            raise NotApplicable("the subject has no strategy base") from error
+        _same_text(w, got, want, prompt, partial(_base_logits, w))
+        same += want == _text_of(w, prompt, 0)
+    if same == 2:
+        raise Void("expert 0 writes what the base model writes")
+
+
+def _base_logits(w: Workings, ids: Tensor) -> np.ndarray:
+    """The base model's logits after a text, (V,)."""
+    return w.reference.base_logits(ids[None])[0, -1]
+
+
 def check_one_expert_all_agree(bench: Bench) -> None:
     """With one expert every strategy writes the same text.
 

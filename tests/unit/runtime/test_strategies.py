@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
-from transformers import GenerationConfig
+from transformers import AutoModelForCausalLM, GenerationConfig
 
 from dylo_moe import MoELoraConfig, attach_router, load_checkpoint
 from dylo_moe.errors import RoutingError, UnknownStrategy
@@ -58,6 +58,13 @@ def test_single_equals_stock_peft_token_for_token(specimens, ids):
     for e in range(E):
         assert torch.equal(greedy(model, ids, strategy=f"single:{e}"), wanted[e])
         assert torch.equal(greedy(model, ids, expert_id=e), wanted[e])
+
+
+def test_base_equals_the_base_model_token_for_token_and_leaves_no_weights(specimens, model, ids):
+    stock = AutoModelForCausalLM.from_pretrained(specimens("llama").parent / "llama", dtype=torch.float32)
+    assert torch.equal(greedy(model, ids, strategy="base"), greedy(stock, ids))
+    assert not model.last_routing_weights.any()
+    assert not torch.equal(greedy(model, ids), greedy(stock, ids))
 
 
 def test_best_is_the_lowest_loss_of_separate_passes(model, ids):
