@@ -5,13 +5,13 @@ Shapes: S tokens, L routed layers, E experts, V vocabulary.
 
 from __future__ import annotations
 
-import inspect
 from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
 import torch
 from torch import Tensor
+from torch.nn import functional as F
 
 from dylo_moe.expertise.answers import divergences, same_choices
 from dylo_moe.expertise.choices import NOBODY
@@ -19,7 +19,6 @@ from dylo_moe.model import DyLoRA_MoE
 from dylo_moe.routes.measures import dominant, shares_of
 from dylo_moe.routes.observing import Tokens
 from dylo_moe.routes.observing import observe as observe_routing
-from dylo_moe.strategies import best_experts
 
 # Numbers of next-token distributions that are compared at once, float32: of long prompts the last positions are compared.
 LOGITS = 2**25
@@ -84,11 +83,11 @@ def observe(model: DyLoRA_MoE, tokens: Tokens) -> Observed:
         prompt = _mean_share(shares[: tokens.prompt_length])
         answer = _mean_share(shares[tokens.prompt_length :]) if len(tokens.ids) > tokens.prompt_length else None
     ids = torch.tensor([tokens.ids[: tokens.prompt_length]], device=model.device)
-    logits = _expert_logits(model, ids)
+    logits, losses = _experts_alone(model, ids)
     return Observed(
         prompt=prompt,
         answer=answer,
-        best=int(best_experts(model, ids)),
+        best=int(losses.argmin()),
         divergence=divergences(logits).double().cpu().numpy(),
         same_choice=same_choices(logits).double().cpu().numpy(),
         positions=logits.shape[1],
@@ -101,14 +100,22 @@ def _mean_share(shares: np.ndarray) -> np.ndarray:
     return np.minimum(mean / mean.sum(), 1.0) if mean.any() else mean
 
 
-def _expert_logits(model: DyLoRA_MoE, prompt: Tensor) -> Tensor:
-    """What every expert alone expects after the prompt's tokens, the last of them if they are many; (E, positions, V)."""
-    experts, vocabulary = model.num_experts, model.config.get_text_config().vocab_size
-    kept = min(prompt.shape[1], max(1, LOGITS // (experts * vocabulary)))
-    options = {"logits_to_keep": kept} if "logits_to_keep" in inspect.signature(model.causal_lm.forward).parameters else {}
-    ids = prompt.expand(experts, -1)
-    each = torch.arange(experts, device=prompt.device)
-    return model(ids, torch.ones_like(ids), expert_id=each, use_cache=False, **options).logits[:, -kept:]
+def _experts_alone(model: DyLoRA_MoE, prompt: Tensor) -> tuple[Tensor, Tensor]:
+    """What every expert alone expects after the prompt's tokens, the last of them if they are many, (E, positions, V).
+
+    And its mean loss on the prompt, (E,), as `strategies.prompt_losses` has it. prompt: (1, S).
+
+    One expert after the other: the next-token distributions of all of them together may not fit into memory.
+    """
+    vocabulary = model.config.get_text_config().vocab_size
+    kept = max(1, LOGITS // (model.num_experts * vocabulary))
+    logits, losses = [], []
+    for expert in range(model.num_experts):
+        found = model(prompt, torch.ones_like(prompt), expert_id=expert, use_cache=False).logits[0]
+        lost = F.cross_entropy(found[:-1].float(), prompt[0, 1:], reduction="sum") / max(1, prompt.shape[1] - 1)
+        logits.append(found[-kept:].float())
+        losses.append(lost)
+    return torch.stack(logits), torch.stack(losses)
 
 
 def loads(observed: Sequence[Observed]) -> np.ndarray | None:
