@@ -5,7 +5,7 @@
 Times are end to end, from a directory on disk to the sample file: loading, generating, sanitizing, writing. The two sides take
 turns, so that a ratio compares neighbours in time. The model is made on the fly with random weights; it can write no stop string
 and no end of text, so every completion has the same number of tokens, except where hf stops too early by itself (stop criteria
-of earlier prompts stay, see docs/findings.md): that makes hf faster, and is reported.
+of earlier prompts stay on its model): that makes hf faster, and is reported.
 """
 
 from __future__ import annotations
