@@ -7,8 +7,9 @@ from importlib.resources import files
 
 import jsonschema
 import pytest
+from transformers import AutoTokenizer
 
-from dylo_moe.routing_analysis import main
+from dylo_moe.routing_analysis import analyse_checkpoint, main
 from harness.specimens import write_arrow_checkpoint, write_base, write_checkpoint
 from harness.specimens.tasks import TASKS, write_task_set
 from tests.browser import assert_readable, look
@@ -116,6 +117,20 @@ def test_mistake_is_one_line_and_exit_code_2(root, words, line, capsys, tmp_path
     err = capsys.readouterr().err
     assert code == 2 and line in err and err.count("\n") == 1
     assert list(tmp_path.iterdir()) == []
+
+
+def test_tasks_are_asked_in_the_chat_template_and_lines_of_a_file_are_bare(humaneval, tmp_path):
+    base = write_base(tmp_path / "base", "llama", chat_template=True)
+    write_checkpoint(tmp_path / "checkpoint", base, num_experts=2)
+    (tmp_path / "lines.txt").write_text("one line\n")
+    options = {"model": str(tmp_path / "checkpoint"), "dtype": "float32", "max_samples": 1}
+    tokenizer = AutoTokenizer.from_pretrained(base)
+    lines = analyse_checkpoint({**options, "texts": str(tmp_path / "lines.txt")})
+    assert lines.document["tokens"] == len(tokenizer("one line")["input_ids"])
+    chat, bare = (analyse_checkpoint({**options, "dataset": "humaneval", "force_base_prompt": bare}) for bare in (False, True))
+    assert bare.document["tokens"] == len(tokenizer(TASKS[0].prompt("humaneval"))["input_ids"])
+    said = "".join(piece.text for piece in chat.shown[0].pieces)
+    assert "self-contained·Python·script" in said and "self-contained" not in "".join(p.text for p in bare.shown[0].pieces)
 
 
 def test_help_needs_no_torch():
