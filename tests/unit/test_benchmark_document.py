@@ -162,6 +162,13 @@ def test_extra_tests_alone_do_not_pass_a_task():
     assert (counts["plus"], counts["stock_plus"]) == (0, 0)
 
 
+def test_evalplus_own_statuses_are_counted_apart():
+    counts = benchmark_entry({"x": result([row(True, stock=False), row(False, stock=True), row(True)])})["runs"]["x"]["per_task"]
+    assert counts["HumanEval/0"] == {"samples": 3, "base": 2, "plus": 2, "stock_base": 2, "stock_plus": 2}
+    alone = benchmark_entry({"x": result([row(True, stock=False)])})["runs"]["x"]["per_task"]["HumanEval/0"]
+    assert (alone["base"], alone["plus"], alone["stock_base"], alone["stock_plus"]) == (1, 1, 0, 0)
+
+
 def test_rates_are_compared_by_sign_flips():
     few, many = ([[row(True)] * n + [row(False, False)] * (4 - n) for n in counts] for counts in ([1] * 8, [3] * 8))
     (found,) = benchmark_entry({"a": result(*few), "b": result(*many)})["comparisons"]
