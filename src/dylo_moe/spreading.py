@@ -96,7 +96,7 @@ class _Run:
         known = {name: journal.excerpt(shard.tasks) for name, journal in self.journals.items()}
         shard.taken, shard.host = {name: len(content) for name, content in known.items()}, None
         shard.worker = self.actor.remote()
-        self.ask(shard, shard.worker.start.remote(_part(self.generation, shard.tasks), known))
+        self.ask(shard, shard.worker.start.remote(part_of(self.generation, shard.tasks), known))
 
     def ask(self, shard: _Shard, answer: Any) -> None:
         shard.heard = time.monotonic()
@@ -121,7 +121,7 @@ class _Run:
         """Writes what a worker has found, and asks it for more."""
         for name, lines in found.items():
             if name not in self.journals:
-                raise ClusterError(f"{shard.host}: {_foreign(name, lines, list(self.journals.values()))}")
+                raise ClusterError(f"{shard.host}: {foreign_journal(name, lines, list(self.journals.values()))}")
             for record in self.journals[name].absorb(lines):
                 self.progress.finish(record.task_id)
             shard.taken[name] += len(lines)
@@ -158,7 +158,7 @@ class _Run:
             )
 
 
-def _part(generation: Generation, tasks: list[str]) -> Generation:
+def part_of(generation: Generation, tasks: list[str]) -> Generation:
     """The same generation of these tasks only."""
     every = generation.task_set.tasks
     seen = {task: {name: value for name, value in every[task].items() if name not in _UNSEEN} for task in tasks}
@@ -174,7 +174,7 @@ def _absolute(generation: Generation) -> Generation:
     return replace(generation, decoder=decoder)
 
 
-def _foreign(name: str, lines: bytes, journals: Sequence[SampleJournal]) -> str:
+def foreign_journal(name: str, lines: bytes, journals: Sequence[SampleJournal]) -> str:
     """Why a worker writes a journal that nobody asked it for."""
     found = whole_lines(lines, Path(name))[0][0]["identity"]
     ours = [journal.identity for journal in journals]

@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from dylo_moe import generating, spreading
+from dylo_moe import spreading
 from dylo_moe.cluster import LOOPBACK, Slots, connected
 from dylo_moe.errors import ClusterError
 from dylo_moe.evalplus import plan_generation
@@ -95,11 +95,3 @@ def test_worker_that_finds_no_place_is_not_waited_for(machines, checkpoint, tmp_
     monkeypatch.setattr(spreading, "connected", lambda _: nullcontext(Slots(2, 64, 0)))
     with connected(machines[0].address), pytest.raises(ClusterError, match="no worker with 64 processors found a place"):
         generate_samples(planned(checkpoint, ray="a:1"), tmp_path)
-
-
-def test_machine_with_other_files_or_versions_is_refused(machines, checkpoint, tmp_path, monkeypatch):
-    here = {**generating.versions(), "torch": "another"}
-    monkeypatch.setattr(generating, "versions", lambda: here)  # of this process; workers have their own
-    with pytest.raises(ClusterError, match="versions.torch .*, here another; every machine needs the same files"):
-        generate_samples(planned(checkpoint, ray=machines[0].address, id_range=[0, 1]), tmp_path)
-    assert not list(tmp_path.glob("*.jsonl"))
