@@ -12,12 +12,14 @@ from dylo_moe.sandbox.jail import Jail, JailBroken
 from dylo_moe.sandbox.level import Level
 from dylo_moe.sandbox.records import ERROR, LOADED, NOT_LOADED, TIMEOUT, TOO_LARGE, VALUE, read_records
 from dylo_moe.sandbox.stock import runs
-from dylo_moe.truth import Truth
+from dylo_moe.truth import Answer, Truth
 
 PASS, FAIL, LATE = "pass", "fail", "timeout"
 WRONG, ENDED = b"wrong", b"ended"  # besides the kinds of records
 LOAD_FACTOR = 2.5  # times the seconds of an input: for what a solution does before its function is called, mostly imports
 IDLE_FACTOR = 1.25  # the same: for what it does after its time is over, and for bytes to come through
+ENCODE_SECONDS = 5.0  # for an output to become bytes, besides what the expected one took times the factor
+ENCODE_FACTOR = 10.0
 PART_SECONDS = 60.0  # for all inputs of a part together, besides what the canonical solution may take
 PREPARE_SECONDS = 300.0
 _EVALPLUS_SECONDS = 60.0  # of one run
@@ -87,16 +89,11 @@ class Checker:
 
     def _run_ours(self, truth: Truth, part: str, solution: str, options: dict[str, Any]) -> Found:
         self._ours.finish_load(PREPARE_SECONDS)
-        least, factor = options["min_time_limit"], options["gt_time_limit_factor"]
-        limits = [max(least, factor * seconds) for seconds in truth.seconds(part)]
         question = {
             "part": part,
             "solution": solution,
             "stop_early": options["fast_check"],
-            "load_seconds": LOAD_FACTOR * least,
-            "seconds": limits,
-            "idle_seconds": max([LOAD_FACTOR * least, *limits]) + IDLE_FACTOR * least,
-            "total_seconds": LOAD_FACTOR * least + min(sum(limits), PART_SECONDS + factor * sum(truth.seconds(part))),
+            **_times(truth.answers[part], options),
         }
         stream = _Stream(self._ours.check(question))
         largest = _LARGEST_FACTOR * max((len(answer.data) for answer in truth.answers[part]), default=0) + _LARGEST_MORE
@@ -161,6 +158,21 @@ class _Stream:
         """Takes the rest, which nobody wants, so that the next answer comes next."""
         for _ in self:
             pass
+
+
+def _times(answers: list[Answer], options: dict[str, Any]) -> dict[str, Any]:
+    """The seconds that a solution has, by what it does, and those after which its process is killed if nothing came."""
+    least, factor = options["min_time_limit"], options["gt_time_limit_factor"]
+    limits = [max(least, factor * answer.seconds) for answer in answers]
+    encoding = [ENCODE_FACTOR * answer.encode_seconds for answer in answers]
+    load, canonical = LOAD_FACTOR * least, sum(answer.seconds for answer in answers)
+    return {
+        "load_seconds": load,
+        "seconds": limits,
+        "encode_seconds": ENCODE_SECONDS + max(encoding, default=0.0),
+        "idle_seconds": IDLE_FACTOR * least + max([load, *map(sum, zip(limits, encoding, strict=True))]),
+        "total_seconds": load + min(sum(limits), PART_SECONDS + factor * canonical) + sum(encoding),
+    }
 
 
 def _judge(records: Iterator[tuple[bytes, bytes]], truth: Truth, part: str, stop_early: bool) -> Found:

@@ -18,11 +18,19 @@ PARTS = ("base", "plus")
 
 @dataclass(frozen=True)
 class Answer:
-    """One expected output. certain: an output of the same bytes is right without looking at the values."""
+    """One expected output.
+
+    Attributes:
+        data: the output, encoded.
+        certain: an output of the same bytes is right without looking at the values.
+        seconds: what the canonical solution took.
+        encode_seconds: what encoding took.
+    """
 
     data: bytes
     certain: bool
     seconds: float
+    encode_seconds: float
 
 
 class Truth:
@@ -81,8 +89,9 @@ class Truth:
         begin = time.monotonic()
         value = function(*arguments)
         seconds = time.monotonic() - begin
+        begin = time.monotonic()
         data, reflexive = encode_and_ask(self.comparison.expected(value))
-        return Answer(data, reflexive and not self.comparison.special, seconds)
+        return Answer(data, reflexive and not self.comparison.special, seconds, time.monotonic() - begin)
 
 
 def _mbpp() -> ModuleType:

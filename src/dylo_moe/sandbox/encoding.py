@@ -38,6 +38,7 @@ MAX_DEPTH = 64
 MAX_EXPONENT = 5000  # of a Decimal; beyond it a comparison with an int takes for ever
 ARRAY_KINDS = "biufcSU"
 NUMBERS = "bhiq"  # typecodes of array
+_SMALL = 128
 _FEW = 8  # where each text comes up more often than this, on average, it is written once
 _KINDS = {
     type(None): b"N",
@@ -115,7 +116,8 @@ class _Writer:
             self._of_one_kind(kind, [value for found, value in pairs if found == kind], depth)
 
     def _of_one_kind(self, kind: bytes, values: list, depth: int) -> None:
-        if kind == b"S" and len(set(values)) * _FEW < len(values):
+        texts = list(dict.fromkeys(values)) if kind == b"S" else []
+        if kind == b"S" and len(texts) * _FEW < len(values):
             kind = b"R"
         if kind == b"I" and not -(2**63) <= min(values) <= max(values) < 2**63:
             kind = b"J"
@@ -128,9 +130,8 @@ class _Writer:
         elif kind in b"JSY":
             self._joined(kind, values)
         elif kind == b"R":
-            texts = list(dict.fromkeys(values))
             self.column(texts, depth)
-            self._numbers(list(map(dict(zip(texts, range(len(texts)), strict=True)).__getitem__, values)))
+            self._places(dict(zip(texts, range(len(texts)), strict=True)), values)
         elif kind in b"LTEZDKA":
             self._nested(kind, values, depth)
         else:
@@ -169,6 +170,13 @@ class _Writer:
             self.column(found, depth + 1)
         else:
             self._head(b"N", found)
+
+    def _places(self, places: dict[str, int], values: list[str]) -> None:
+        """As numbers; Mbpp/255 has a hundred million of them."""
+        if len(places) <= _SMALL:
+            self._put(b"b" + bytes(map(places.__getitem__, values)))
+        else:
+            self._numbers(list(map(places.__getitem__, values)))
 
     def _numbers(self, values: Sequence[int]) -> None:
         low, high = min(values), max(values)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import pickle
@@ -91,7 +92,8 @@ class Jail:
             except ProcessLookupError:
                 pass
             process.wait()
-            process.stdin.close()
+            with contextlib.suppress(BrokenPipeError):  # for what it has not read
+                process.stdin.close()
             process.stdout.close()
         if self._directory is not None:
             remove(self._directory)

@@ -13,7 +13,6 @@ from evalplus.eval.utils import TimeoutException, WriteOnlyStringIO, redirect_st
 from dylo_moe.sandbox.encoding import NotEncoded, encode
 from dylo_moe.sandbox.records import ERROR, LOADED, NOT_LOADED, TIMEOUT, TOO_LARGE, VALUE, record
 
-ENCODE_SECONDS = 60.0
 MAX_VALUE_BYTES = 2**30
 
 
@@ -33,7 +32,7 @@ class Task:
         if kind != LOADED:
             return
         for arguments, seconds in zip(self.inputs[question["part"]], question["seconds"], strict=True):
-            kind, payload = self._call(function, arguments, seconds)
+            kind, payload = self._call(function, arguments, seconds, question["encode_seconds"])
             _write(pipe, record(kind, payload))
             if kind != VALUE and question["stop_early"]:
                 return
@@ -49,11 +48,11 @@ class Task:
         except BaseException:  # noqa: BLE001  (whatever a solution raises, SystemExit included, is its answer)
             return None, NOT_LOADED
 
-    def _call(self, function: Callable, arguments: list, seconds: float) -> tuple[bytes, bytes]:
+    def _call(self, function: Callable, arguments: list, seconds: float, encode_seconds: float) -> tuple[bytes, bytes]:
         try:
             with time_limit(seconds), _silence():
                 value = function(*arguments)
-            with time_limit(ENCODE_SECONDS):
+            with time_limit(encode_seconds):
                 return VALUE, encode(self.shape(value), MAX_VALUE_BYTES)
         except TimeoutException:
             return TIMEOUT, b""

@@ -82,7 +82,7 @@ def run(jail, code, target):
         jail.load({"stock": False, "entry_point": "f", "inputs": {"base": [[{}]]}, "as_set": False})
         jail.finish_load(60)
     code = f"{attacks.START}    target = {target!r}\n{code}\n"
-    times = {"load_seconds": 10, "seconds": [SECONDS], "idle_seconds": 4, "total_seconds": 12}
+    times = {"load_seconds": 10, "seconds": [SECONDS], "encode_seconds": 5, "idle_seconds": 4, "total_seconds": 12}
     chunks = jail.check({"part": "base", "solution": code, "stop_early": True, **times})
     (kind, _), *rest = [*read_records(list(chunks), 2**20), (b"", b"")]
     assert kind in (LOADED, b""), kind
