@@ -26,7 +26,7 @@ TOKENS = 256
 def steps(quick: bool) -> Iterator[Cell]:
     """Forward and backward of experts and router / of one PEFT adapter; counted peak bytes beside the base's and the loop's."""
     for (targets, experts), goal in STEP_GOALS.items():
-        shape = Shape(512, targets, experts, features="layer")
+        shape = Shape(512, targets, experts)
         if quick and targets != "attention":
             continue
         with TemporaryDirectory() as directory:

@@ -7,7 +7,7 @@ runs (`only_known_code`), and a change that leaves a trace is still looked for b
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from itertools import chain
 from typing import Any
 
@@ -67,12 +67,13 @@ def only_known_code(model: nn.Module, options: Mapping[str, Any]) -> bool:
         return False
     lists = chain.from_iterable(options.get(name) or () for name in _LISTS)
     objects = (options[name] for name in _OBJECTS if options.get(name) is not None)
-    types = {type(code) for code in chain(lists, objects, model.modules())}
-    return all(map(_is_known, types)) and all(map(_is_known, _hooks(model)))
+    modules = list(model.modules())
+    types = {type(code) for code in chain(lists, objects, modules)}
+    return all(map(_is_known, types)) and all(map(_is_known, _hooks(modules)))
 
 
-def _hooks(model: nn.Module) -> Iterator[Callable]:
-    for module in model.modules():
+def _hooks(modules: Iterable[nn.Module]) -> Iterator[Callable]:
+    for module in modules:
         yield from module._forward_hooks.values()
         yield from module._forward_pre_hooks.values()
 

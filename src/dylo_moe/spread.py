@@ -17,6 +17,7 @@ Signature = tuple[tuple[int, float, int], ...]
 
 # Pairs of one gathered piece: small enough for the cache, large enough that moving them costs few calls.
 _CHUNK = 256
+_MOST_LAYOUTS = 256
 
 
 @dataclass(frozen=True)
@@ -65,6 +66,8 @@ class Spread:
         """For each of the R stacked rows: its expert's column in the weights, and its expert's scaling. Both (R,)."""
         key = (signature, str(self.weights.device), self.weights.dtype)
         if key not in self._layouts:
+            if len(self._layouts) >= _MOST_LAYOUTS:  # scalings that change at every step
+                self._layouts.clear()
             with torch.inference_mode(False):  # kept for later passes, which may need gradients
                 rows = [(column, scaling) for column, scaling, rank in signature for _ in range(rank)]
                 columns = torch.tensor([column for column, _ in rows], device=self.weights.device)

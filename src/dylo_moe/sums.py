@@ -9,6 +9,7 @@ Shapes: B batch, S sequence, T tokens, R sum of the experts' ranks, r one expert
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
+from functools import cached_property
 
 import torch
 from torch import Tensor
@@ -38,7 +39,7 @@ class Sums:
     expands: list[Tensor]
     stack: tuple[Tensor, Tensor] | None = None
 
-    @property
+    @cached_property
     def dtype(self) -> torch.dtype:
         return self.shrinks[0].dtype
 
@@ -53,7 +54,7 @@ class Sums:
             spread.choices[key] = self._grouped_cost(spread) < _CLEARLY * self._dense_cost(spread)
         return spread.choices[key]
 
-    @property
+    @cached_property
     def _width(self) -> int:
         """in + out."""
         return self.shrinks[0].shape[1] + self.expands[0].shape[0]

@@ -101,3 +101,11 @@ def test_work_of_top_k_does_not_grow_with_the_number_of_experts():
         return counter.get_total_flops()
 
     assert flops(8) == flops(64) == 512 * 2 * 2 * 16 * (512 + 512)
+
+
+def test_layouts_do_not_pile_up_while_scalings_change(monkeypatch):
+    monkeypatch.setattr("dylo_moe.spread._MOST_LAYOUTS", 4)
+    layouts: dict = {}
+    for step in range(20):
+        Spread(torch.ones(1, 1, 2), (1, 3), layouts).factors(((0, float(step), 2), (1, 1.0, 2)))
+        assert len(layouts) <= 4
