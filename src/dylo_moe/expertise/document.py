@@ -121,7 +121,7 @@ def _clear(rates: Mapping[str, np.ndarray]) -> dict[str, bool]:
     for name, found in rates.items():
         best = best_of(found).experts
         rivals = [p[name, *sorted((best[0], other))] for other in range(len(found)) if other != best[0]] if best else []
-        clear[name] = len(best) == 1 and all(value < LEVEL for value in rivals)
+        clear[name] = bool(rivals) and all(value < LEVEL for value in rivals)
     return clear
 
 

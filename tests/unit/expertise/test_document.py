@@ -90,6 +90,14 @@ def test_expert_that_is_better_than_every_other_on_many_tasks_is_clearly_the_bes
     }
 
 
+@pytest.mark.parametrize(("experts", "clear"), [(1, False), (2, True), (3, False)])
+def test_more_comparisons_ask_for_more_tasks(experts, clear):
+    """Six tasks won and none lost have p = 0.031: enough for one comparison, too little for the three of three experts."""
+    rates = {f"single:{expert}": [1 if expert == 0 else 0] * 6 for expert in range(experts)}
+    found = described(rates, unrouted(experts, 6), ["a", "b", "c"][:experts])
+    assert found["categories"]["rows"][0]["clear"] == clear
+
+
 def test_best_of_few_tasks_is_not_clear_and_intervals_are_wide():
     found = described(RIGHT, observed(2, [0, 0, 1, 1]))
     assert not found["categories"]["rows"][0]["clear"]
