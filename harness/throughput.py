@@ -128,18 +128,27 @@ def measure(work: Work, pairs: int, strategies: Sequence[str]) -> dict[str, obje
         sides[strategy] = lambda work, root, strategy=strategy: run_ours(work, root, strategy)
     warm = Work(**{**vars(work), "tasks": 2, "tokens": 4})
     seconds: dict[str, list[float]] = {name: [] for name in sides}
+    processor: dict[str, list[float]] = {name: [] for name in sides}
     texts: dict[str, dict[str, str]] = {}
     for number in range(-1, pairs):
         for name, run in sides.items():
             with tempfile.TemporaryDirectory() as root, contextlib.redirect_stdout(io.StringIO()):
-                begin = time.perf_counter()
+                begin, busy = time.perf_counter(), _processor_seconds()
                 written = run(warm if number < 0 else work, Path(root))
                 elapsed = time.perf_counter() - begin
                 texts[name] = _texts(written)
             if number >= 0:
                 seconds[name].append(elapsed)
+                processor[name].append(_processor_seconds() - busy)
                 print(f"round {number + 1}: {name} {elapsed:.2f} s, load {os.getloadavg()[0]:.1f}", file=sys.stderr)
-    return {"seconds": seconds, "ratios": _ratios(seconds), **_agreement(texts["hf"], texts["plain"])}
+    measured = {"seconds": seconds, "ratios": _ratios(seconds), "processor": processor, "processor_ratios": _ratios(processor)}
+    return {**measured, **_agreement(texts["hf"], texts["plain"])}
+
+
+def _processor_seconds() -> float:
+    """Of this process and the children that have ended; hardly touched by what else the machine does."""
+    used = os.times()
+    return used.user + used.system + used.children_user + used.children_system
 
 
 def _texts(path: Path) -> dict[str, str]:
@@ -165,10 +174,11 @@ def _agreement(theirs: dict[str, str], ours: dict[str, str]) -> dict[str, int]:
 
 def report(found: dict[str, object], work: Work) -> str:
     per_token = {name: min(values) / (work.tasks * work.tokens) for name, values in found["seconds"].items()}
-    lines = [f"{'':<12} {'fastest':>9} {'tokens/s':>9}   hf / ours, median (lowest to highest)"]
+    lines = [f"{'':<12} {'fastest':>9} {'tokens/s':>9}   hf / ours, median (lowest to highest); in processor time"]
     for name, values in found["seconds"].items():
         ratio = found["ratios"].get(name)
-        told = "" if ratio is None else f"   {ratio['median']:.2f} ({ratio['lowest']:.2f} to {ratio['highest']:.2f})"
+        told = "" if ratio is None else f"   {ratio['median']:.2f} ({ratio['lowest']:.2f} to {ratio['highest']:.2f}); "
+        told += "" if ratio is None else f"{found['processor_ratios'][name]['median']:.2f}"
         lines.append(f"{name:<12} {min(values):>7.2f} s {1 / per_token[name]:>9.0f}{told}")
     lines.append(
         f"{work.tasks} tasks, {work.tokens} new tokens each, greedy, float32, {work.attention} attention; "
