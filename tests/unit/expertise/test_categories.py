@@ -65,6 +65,7 @@ def test_file_wins_over_the_task_file(tmp_path, name):
         ("a.json", "[]", "found a list, expected an object"),
         ("a.json", '{"HumanEval/0": 3}', "HumanEval/0: found 3"),
         ("a.json", '{"Human/0": "text"}', "none of its 1 task ids is one of the 3 tasks"),
+        ("a.csv", "task_id,category\n", "none of its 0 task ids"),
         ("a.csv", "HumanEval/0\n", ":1: found .* expected two columns"),
         ("a.csv", "HumanEval/0,a,b\n", "expected two columns"),
         ("a.csv", "HumanEval/0,\n", "expected two columns"),
