@@ -105,10 +105,6 @@ class SampleJournal:
         """Task id -> index -> sample."""
         return self._content.records
 
-    def count(self, task_id: str) -> int:
-        """How many samples of a task there are."""
-        return len(self.records.get(task_id, ()))
-
     def missing(self, task_id: str, n_samples: int) -> list[int]:
         """The indices below `n_samples` of which there is no sample of this task, in order."""
         return self._content.missing(task_id, n_samples)
