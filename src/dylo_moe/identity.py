@@ -18,7 +18,7 @@ from huggingface_hub import try_to_load_from_cache
 from dylo_moe.formats import Checkpoint, combined_hash
 from dylo_moe.formats.tokenizer_files import tokenizer_files
 
-SCHEMA = 1
+SCHEMA = 2
 # The last two are what EvalPlus's sanitizer parses with.
 PACKAGES = ("dylo-moe", "torch", "transformers", "peft", "tokenizers", "evalplus", "tree-sitter", "tree-sitter-python")
 # Kernels and loaders that compute where a base model is quantised or spread over devices.
