@@ -31,11 +31,18 @@ def prepare(place: Path) -> list[Path]:
     return [write_checkpoint(place / f"checkpoint{seed}", base, num_experts=2, seed=seed) for seed in range(2)]
 
 
-def generate(checkpoints: list[Path], root: Path, way: str) -> None:
-    """The same command, whatever happened before."""
+def generate(checkpoints: list[Path], root: Path, way: str, rows: int) -> None:
+    """The same command, whatever happened before. rows: of a batch."""
     for checkpoint in checkpoints:
         if way == "together":
-            options = {"dataset": "humaneval", "temperature": 0.8, "n_samples": 2, "dtype": "float32", "max_new_tokens": 8}
+            options = {
+                "dataset": "humaneval",
+                "temperature": 0.8,
+                "n_samples": 2,
+                "dtype": "float32",
+                "max_new_tokens": 8,
+                "bs": rows,
+            }
             generation = plan_generation({"model": str(checkpoint), **options}, STRATEGIES)
             generate_samples(generation, root / "humaneval")
             continue
@@ -43,17 +50,17 @@ def generate(checkpoints: list[Path], root: Path, way: str) -> None:
             words = (
                 f"--dataset humaneval --root {root} --temperature 0.8 --n-samples 2 --dtype float32 --max-new-tokens 8".split()
             )
-            code = main(["codegen", "--model", str(checkpoint), "--routing-strategy", strategy, *words])
+            code = main(["codegen", "--model", str(checkpoint), "--routing-strategy", strategy, "--bs", str(rows), *words])
             assert code == 0, f"codegen ended with {code}"
 
 
-def start(checkpoints: list[Path], root: Path, way: str) -> int:
+def start(checkpoints: list[Path], root: Path, way: str, rows: int = 2) -> int:
     pid = os.fork()
     if pid == 0:
         code = 1
         try:
             os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
-            generate(checkpoints, root, way)
+            generate(checkpoints, root, way, rows)
             code = 0
         finally:
             os._exit(code)
@@ -86,7 +93,7 @@ def killed(pid: int, moment: float, root: Path, reached: int) -> int | None:
 
 def run(way: str, kills: int, seed: int, place: Path) -> None:
     checkpoints, chance = prepare(place), random.Random(seed)
-    pid = start(checkpoints, place / "undisturbed", way)
+    pid = start(checkpoints, place / "undisturbed", way, rows=32)  # killed runs write few at a time, so that there is a middle
     assert os.waitpid(pid, 0)[1] == 0
     whole = size(place / "undisturbed")
     root = place / "killed"
