@@ -53,7 +53,8 @@ def test_planted_fault_fails_the_check_that_claims_it(fault: Fault, specimen: Ca
 
 def test_every_check_is_claimed_by_a_fault() -> None:
     claimed = {fault.caught_by for fault in FAULTS}
-    assert claimed | set(UNCLAIMED) == set(CHECKS)
+    checks = {check for check in CHECKS if not check.startswith("speed.")}  # of those, test_waste.py plants the faults
+    assert claimed | set(UNCLAIMED) == checks
     assert not claimed & set(UNCLAIMED)
 
 
