@@ -24,13 +24,17 @@ STRATEGIES = ("router", "single:1", "round_robin")
 
 @pytest.fixture(scope="module")
 def environment():
-    """Before Ray is imported, which reads it then."""
+    """Ray reads it when it is imported, which another test of this process may have done: it is told to read again."""
+    from ray._private.authentication_test_utils import reset_auth_token_state
+
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("RAY_AUTH_MODE", "token")
         patch.setenv("RAY_AUTH_TOKEN", "0123456789abcdef" * 2)
         patch.setenv("OMP_NUM_THREADS", "1")
         patch.delenv("RAY_ADDRESS", raising=False)
+        reset_auth_token_state()
         yield patch
+    reset_auth_token_state()
 
 
 @pytest.fixture(scope="module")
