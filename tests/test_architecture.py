@@ -66,6 +66,7 @@ JUDGED_ORDER = (
     "sandbox",
     "artifact",
     "decoder",
+    "opened",
     "tasks",
     "sanitizing",
     "journal_lines",

@@ -1,37 +1,17 @@
-"""From a checkpoint, or from sample files, to results that are stored beside the samples and used again."""
+"""From sample files to results that are stored beside the samples and used again."""
 
 from __future__ import annotations
 
 import json
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from dylo_moe.atomic import write_atomically
 from dylo_moe.errors import SampleFileError
 from dylo_moe.results import binding, read_samples, result_path, stored, summarise
 from dylo_moe.scoring import Limits, Scorer
 from dylo_moe.tasks import TaskSet
-
-if TYPE_CHECKING:
-    from dylo_moe.generating import Generation
-
-
-def evaluate_strategies(
-    generation: Generation, directory: Path, limits: Limits, *, parallel: int | None = None, sandbox: str = "auto"
-) -> dict[str, dict[str, Any]]:
-    """Generates what is missing of each strategy's samples, on one loaded model, and scores what is not scored yet.
-
-    Returns:
-        strategy -> its result, as of `results.summarise`.
-
-    Raises:
-        As `generate_samples` and `score_files`.
-    """
-    from dylo_moe.spreading import generate_samples
-
-    files = generate_samples(generation, directory)
-    return score_files(files, generation.task_set, generation.task_ids(), limits, parallel=parallel, sandbox=sandbox)
 
 
 def score_files(

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
@@ -12,10 +12,9 @@ import torch
 
 from dylo_moe.completions import Wanted
 from dylo_moe.decoder import PeftMoEDecoder, check_strategy
-from dylo_moe.formats import Checkpoint, read_checkpoint
-from dylo_moe.formats.base import resolve_base
-from dylo_moe.identity import SCHEMA, checkpoint_identity, local_directory, versions
+from dylo_moe.identity import SCHEMA, versions
 from dylo_moe.journal import Record
+from dylo_moe.opened import Opened
 from dylo_moe.progress import Progress
 from dylo_moe.recording import Recorder
 from dylo_moe.samples import SampleJournal, sample_stem
@@ -66,11 +65,14 @@ class Generation:
 Fill = Callable[[Generation, dict[str, SampleJournal]], None]
 
 
-def generate_samples(generation: Generation, directory: Path, fill: Fill | None = None) -> dict[str, Path]:
+def generate_samples(
+    generation: Generation, directory: Path, fill: Fill | None = None, *, opened: Opened | None = None
+) -> dict[str, Path]:
     """Completes the samples in `directory`. The model is loaded once for all strategies, and only if samples are missing.
 
     Args:
         fill: adds what is missing to the journals (strategy -> journal); None to generate it in this process.
+        opened: the checkpoint, where several generations share it; None to open it for this one.
 
     Returns:
         strategy -> the path of its sample file.
@@ -78,23 +80,19 @@ def generate_samples(generation: Generation, directory: Path, fill: Fill | None 
     Raises:
         CheckpointError, OptionError, UnknownStrategy, PromptError, SampleFileError: one line each.
     """
-    checkpoint = read_checkpoint(generation.checkpoint, **(generation.decoder["assume"] or {}))
+    opened = opened or Opened(generation.decoder)
     for strategy in generation.strategies:
-        check_strategy(strategy, len(checkpoint.experts), has_router=checkpoint.router is not None)
-    base = _base(checkpoint, generation.decoder["base_model"])
-    decoder = None
-    if base is not None and local_directory(base) is None:  # not fetched yet, so it cannot be hashed yet
-        decoder = _load(generation)
+        check_strategy(strategy, len(opened.checkpoint.experts), has_router=opened.checkpoint.router is not None)
     with ExitStack() as stack:
         journals = {}
         for strategy in generation.strategies:
-            identity = run_identity(generation, strategy, checkpoint, base)
+            identity = run_identity(generation, strategy, opened.hashes)
             options = {"resume": generation.resume, "shard": generation.shard}
             journal = SampleJournal(directory, _stem(generation, strategy, identity), identity, **options)
             journals[strategy] = stack.enter_context(journal)
         if _missing(generation, journals):
             if fill is None:
-                _fill(generation, journals, decoder or _load(generation))
+                _fill(generation, journals, opened.decoder(generation.decoder, generation.strategies[0]))
             else:
                 fill(generation, journals)
         return {strategy: _export(generation, strategy, journal) for strategy, journal in journals.items()}
@@ -106,12 +104,12 @@ def _export(generation: Generation, strategy: str, journal: SampleJournal) -> Pa
     return journal.export(tasks.tasks, generation.samples_of(strategy), versions(), chosen=chosen)
 
 
-def run_identity(generation: Generation, strategy: str, checkpoint: Checkpoint, base: str | Path | None) -> dict[str, Any]:
-    """Everything that decides the samples; see identity.py. The device's kind is part of it: its arithmetic differs."""
+def run_identity(generation: Generation, strategy: str, hashes: Mapping[str, str | None]) -> dict[str, Any]:
+    """Everything that decides the samples. The device's kind is part of it: its arithmetic differs. hashes: of `Opened`."""
     options = {name: value for name, value in generation.decoder.items() if name not in _NOT_IDENTITY}
     return {
         "schema": SCHEMA,
-        **checkpoint_identity(checkpoint, base),
+        **hashes,
         "task_file": generation.task_set.hash,
         "greedy": generation.greedy,
         "device": generation.device or ("cuda" if torch.cuda.is_available() else "cpu"),
@@ -119,19 +117,6 @@ def run_identity(generation: Generation, strategy: str, checkpoint: Checkpoint, 
         "options": {**options, "routing_strategy": strategy},
         "versions": versions(),
     }
-
-
-def _load(generation: Generation) -> PeftMoEDecoder:
-    return PeftMoEDecoder(**generation.decoder, routing_strategy=generation.strategies[0])
-
-
-def _base(checkpoint: Checkpoint, given: str | None) -> str | Path | None:
-    """The base model's place, or None where the checkpoint holds all weights; a merged checkpoint is its own base."""
-    if not checkpoint.experts:
-        return checkpoint.path
-    if checkpoint.base_state is not None and given is None:
-        return None
-    return resolve_base(checkpoint.base_model, given, checkpoint=checkpoint.path)
 
 
 def _stem(generation: Generation, strategy: str, identity: dict[str, Any]) -> str:

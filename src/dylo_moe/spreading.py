@@ -16,6 +16,7 @@ from dylo_moe.generating import Generation
 from dylo_moe.generating import generate_samples as generate_here
 from dylo_moe.identity import difference
 from dylo_moe.journal_lines import whole_lines
+from dylo_moe.opened import Opened
 from dylo_moe.progress import Progress
 from dylo_moe.samples import SampleJournal
 
@@ -25,7 +26,7 @@ DEATHS = 3  # of a worker, one after the other, without a sample between them
 _UNSEEN = ("base_input", "plus_input")  # what workers need not know of a task; a thousand times as long as the rest
 
 
-def generate_samples(generation: Generation, directory: Path) -> dict[str, Path]:
+def generate_samples(generation: Generation, directory: Path, *, opened: Opened | None = None) -> dict[str, Path]:
     """`generating.generate_samples`, on the cluster that `generation.ray` names, if it names one.
 
     Raises:
@@ -33,11 +34,12 @@ def generate_samples(generation: Generation, directory: Path) -> dict[str, Path]
             is kept, and the same call continues.
     """
     if generation.ray is None:
-        return generate_here(generation, directory)
+        return generate_here(generation, directory, opened=opened)
     if generation.shard is not None:
         raise OptionError("ray and shard: a cluster takes all shards, so give only one of them")
     with connected(generation.ray) as slots:
-        return generate_here(_absolute(replace(generation, device=slots.device)), directory, functools.partial(_spread, slots))
+        generation = replace(generation, device=slots.device)
+        return generate_here(generation, directory, functools.partial(_spread, slots), opened=opened)
 
 
 @dataclass
@@ -159,19 +161,14 @@ class _Run:
 
 
 def part_of(generation: Generation, tasks: list[str]) -> Generation:
-    """The same generation of these tasks only."""
+    """The same generation of these tasks only, with paths that mean the same in another working directory."""
     every = generation.task_set.tasks
     seen = {task: {name: value for name, value in every[task].items() if name not in _UNSEEN} for task in tasks}
-    return replace(generation, task_set=replace(generation.task_set, tasks=seen), task_range=None, ray=None, device=None)
-
-
-def _absolute(generation: Generation) -> Generation:
-    """With paths that mean the same in another working directory."""
-    decoder = dict(generation.decoder)
-    decoder["adapter_path"] = str(generation.checkpoint.absolute())
+    decoder = {**generation.decoder, "adapter_path": str(generation.checkpoint.absolute())}
     if decoder["base_model"] is not None and Path(decoder["base_model"]).is_dir():
         decoder["base_model"] = str(Path(decoder["base_model"]).absolute())
-    return replace(generation, decoder=decoder)
+    task_set = replace(generation.task_set, tasks=seen)
+    return replace(generation, decoder=decoder, task_set=task_set, task_range=None, ray=None, device=None)
 
 
 def foreign_journal(name: str, lines: bytes, journals: Sequence[SampleJournal]) -> str:

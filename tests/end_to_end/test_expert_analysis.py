@@ -14,6 +14,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from dylo_moe import cli, expert_analysis
+from fixtures.loads import counted_loads
 from harness.specimens.competence import Planted, plant
 from tests.browser import assert_readable, look
 
@@ -32,7 +33,9 @@ def analyse(planted: Planted, checkpoint: Path, output: Path, *options: str) -> 
     words = ["expert-analysis", "--model", str(checkpoint), "--output-dir", str(output), "--parallel", "1", *options]
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("HUMANEVAL_OVERRIDE_PATH", str(planted.task_file))
+        loads = counted_loads(patch)
         assert cli.main([*words, "--dtype", "float32", "--max-new-tokens", "128"]) == 0
+        assert loads == [str(planted.base)], "one load to generate and to analyse"
     document = json.loads((output / "expert_analysis.json").read_text())
     schema = resources.files("dylo_moe.expertise").joinpath("document.schema.json").read_text()
     jsonschema.validate(document, json.loads(schema), jsonschema.Draft202012Validator)

@@ -12,9 +12,9 @@ from pathlib import Path
 
 import pytest
 
-import dylo_moe.generating
 from dylo_moe.errors import ArtifactError, OptionError, SampleFileError, TaskSetError, UnknownStrategy
 from dylo_moe.evalplus import INSTRUCTION_PREFIX, RESPONSE_PREFIX, evaluate, make_model, run_codegen
+from fixtures.loads import counted_loads
 from harness.specimens import write_base, write_checkpoint
 from harness.specimens.tasks import TASKS, write_task_set
 
@@ -145,14 +145,9 @@ def test_without_resume_the_file_is_written_anew(generate):
 
 def test_model_is_not_loaded_when_nothing_is_left_to_generate(generate, monkeypatch):
     path = generate()
-
-    def refuse(**_):
-        raise AssertionError("loaded")
-
-    monkeypatch.setattr(dylo_moe.generating, "PeftMoEDecoder", refuse)
-    assert generate() == path
-    with pytest.raises(AssertionError, match="loaded"):
-        generate(n_samples=2)
+    loads = counted_loads(monkeypatch)
+    assert (generate(), len(loads)) == (path, 0)
+    assert (generate(n_samples=2), len(loads)) == (path, 1)
 
 
 def test_chat_model_answers_in_a_code_block_with_evalplus_sentences(generate, tmp_path):

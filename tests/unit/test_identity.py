@@ -11,6 +11,7 @@ from dylo_moe.evalplus import plan_generation, run_codegen
 from dylo_moe.formats import read_checkpoint
 from dylo_moe.generating import run_identity
 from dylo_moe.identity import PACKAGES, checkpoint_identity, difference, identity_hash, versions
+from dylo_moe.opened import Opened
 from harness.specimens import write_base, write_checkpoint
 from harness.specimens.tasks import TASKS, write_task_set
 
@@ -100,7 +101,7 @@ def test_every_option_decides_the_identity_or_is_known_not_to(checkpoint, base, 
     def of(strategy="router", **options):
         options = {"model": str(checkpoint), "dataset": "humaneval", "temperature": 0.8, **options}
         planned = plan_generation(options, [strategy])
-        return identity_hash(run_identity(planned, strategy, read_checkpoint(checkpoint), base))
+        return identity_hash(run_identity(planned, strategy, Opened(planned.decoder).hashes))
 
     ways = [of(), of("best"), *(of(**{name: value}) for name, value in OTHER.items())]
     assert len(set(ways)) == len(ways)

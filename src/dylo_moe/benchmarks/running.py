@@ -112,7 +112,8 @@ def run_benchmarks(plan: BenchmarkPlan) -> dict[str, Any]:
     Raises:
         As `generate_samples` and `score_files`.
     """
-    benchmarks = {name: _run_benchmark(plan, name) for name in plan.task_sets}
+    made = _generate_all(plan)
+    benchmarks = {name: _score(plan, name, found) for name, found in made.items()}
     first = next(iter(next(iter(benchmarks.values()))["runs"].values()))
     return {
         "schema": SCHEMA,
@@ -135,17 +136,43 @@ def write_reports(document: Mapping[str, Any], directory: Path) -> list[Path]:
     return paths
 
 
-def _run_benchmark(plan: BenchmarkPlan, name: str) -> dict[str, Any]:
-    task_set, directory = plan.task_sets[name], plan.directory / name
-    before, started = _counts(directory), time.monotonic()
-    files = _generate(plan, task_set, directory)
-    generated = time.monotonic()
-    new = sum(count - before.get(path, 0) for path, count in _counts(directory).items())
-    results = score_files(files, task_set, list(task_set.tasks), plan.limits, **plan.scoring)
+@dataclass(frozen=True)
+class _Made:
+    """The samples of one benchmark. files: by run; new: how many were not there before; seconds: for making them."""
+
+    files: Mapping[str, Path]
+    new: int
+    seconds: float
+
+
+def _generate_all(plan: BenchmarkPlan) -> dict[str, _Made]:
+    """All benchmarks with one loaded model, which is gone when scoring needs the memory."""
+    from dylo_moe.opened import Opened
+    from dylo_moe.spreading import generate_samples
+
+    made, opened = {}, None
+    for name, task_set in plan.task_sets.items():
+        directory = plan.directory / name
+        before, started = _counts(directory), time.monotonic()
+        if plan.backend == HF:
+            files = {HF: generate_stock(plan.model, task_set, plan.decoding, directory)}
+        else:
+            options = {"model": plan.checkpoint, "adapter_path": plan.model, "dataset": name, **plan.decoding}
+            generation = plan_generation(options, plan.strategies, task_set)
+            opened = opened or Opened(generation.decoder)
+            files = generate_samples(generation, directory, opened=opened)
+        new = sum(count - before.get(path, 0) for path, count in _counts(directory).items())
+        made[name] = _Made(files, new, time.monotonic() - started)
+    return made
+
+
+def _score(plan: BenchmarkPlan, name: str, made: _Made) -> dict[str, Any]:
+    task_set, started = plan.task_sets[name], time.monotonic()
+    results = score_files(made.files, task_set, list(task_set.tasks), plan.limits, **plan.scoring)
     entry = benchmark_entry(results)
-    for run, path in files.items():
+    for run, path in made.files.items():
         entry["runs"][run]["samples_file"] = str(path.relative_to(plan.directory))
-    generation = {**_speed(new, generated - started), "scoring_seconds": time.monotonic() - generated}
+    generation = {**_speed(made.new, made.seconds), "scoring_seconds": time.monotonic() - started}
     return {"task_file": str(task_set.path), "task_file_hash": task_set.hash, "generation": generation, **entry}
 
 
@@ -177,15 +204,6 @@ def _tasks(dataset: str, options: Mapping[str, Any]) -> TaskSet:
         raise OptionError(f"max_samples {most}, but should be at least 1")
     task_set = load_tasks(dataset, version=options.get("version", "default"))
     return task_set.part(task_set.ids(checked_range(options.get("id_range")))[:most])
-
-
-def _generate(plan: BenchmarkPlan, task_set: TaskSet, directory: Path) -> dict[str, Path]:
-    from dylo_moe.spreading import generate_samples
-
-    if plan.backend == HF:
-        return {HF: generate_stock(plan.model, task_set, plan.decoding, directory)}
-    options = {"model": plan.checkpoint, "adapter_path": plan.model, "dataset": task_set.dataset, **plan.decoding}
-    return generate_samples(plan_generation(options, plan.strategies, task_set), directory)
 
 
 def _identity(plan: BenchmarkPlan, samples: Path) -> dict[str, str | None]:

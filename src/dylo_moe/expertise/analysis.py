@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
@@ -11,16 +11,17 @@ from typing import Any
 from dylo_moe.decoder import PeftMoEDecoder
 from dylo_moe.errors import OptionError
 from dylo_moe.evaluation import score_files
-from dylo_moe.expertise.categories import categorise
+from dylo_moe.expertise.categories import Categories, categorise
 from dylo_moe.expertise.document import describe, describe_weights
 from dylo_moe.expertise.observing import Observed, observe
 from dylo_moe.expertise.passes import read_passes
 from dylo_moe.expertise.remarks import benchmark_remarks, weight_remarks
 from dylo_moe.expertise.tracking import Track, silently
 from dylo_moe.expertise.weights import compare_weights, without_effect
-from dylo_moe.formats import Checkpoint, combined_hash, read_checkpoint
+from dylo_moe.formats import Checkpoint, combined_hash
 from dylo_moe.generating import Generation
 from dylo_moe.identity import versions
+from dylo_moe.opened import Opened
 from dylo_moe.routes.texts import Text, task_texts, with_samples
 from dylo_moe.routes.tokens import encode
 from dylo_moe.scoring import Limits
@@ -42,47 +43,43 @@ def strategies_of(checkpoint: Checkpoint, more: Sequence[str] = ()) -> tuple[str
     return tuple(dict.fromkeys([*singles, *router, "best", *more]))
 
 
-def analyse_benchmark(
-    generation: Generation,
-    directory: Path,
-    limits: Limits,
-    *,
-    categories: str | Path | None = None,
-    scoring: Mapping[str, Any] | None = None,
-    track: Track = silently,
-) -> dict[str, Any]:
-    """Generates and scores what is not there yet, looks at router and experts on every task, and describes what was found.
+@dataclass(frozen=True)
+class _Seen:
+    """One benchmark before anything is scored. files: strategy -> samples; observed: task -> what router and experts do there;
+    names: of the experts; warnings: of loading the checkpoint."""
 
-    Args:
-        generation: with the strategies of `strategies_of`, and perhaps more.
-        directory: where samples and results are, or go.
-        categories: a file; see `categorise`.
-        scoring: `parallel`, `sandbox` and `again` of `score_files`.
-        track: shows progress; see tracking.py.
+    files: dict[str, Path]
+    categories: Categories
+    observed: dict[str, Observed]
+    names: list[str]
+    warnings: tuple[str, ...]
 
-    Returns:
-        As `document.describe`, and: sandbox, measured_alone: how the code ran (see `results.summarise`); remarks: lines in plain
-        words; warnings: of loading the checkpoint; files: {strategy: its sample file}.
 
-    Raises:
-        As `generate_samples`, `score_files` and `categorise`.
-    """
-    tasks = {task: generation.task_set.tasks[task] for task in generation.task_ids()}
-    sorted_in = categorise(tasks, categories)  # first, because a mistake in the file should not cost a generation
-    files = generate_samples(generation, directory)
-    results = score_files(files, generation.task_set, list(tasks), limits, **(scoring or {}))
-    decoder = PeftMoEDecoder(**generation.decoder, routing_strategy=generation.strategies[0])
-    observed = observe_all(decoder, texts_of(tasks, files.get("router")), track)
-    names = decoder.model.expert_names
-    found = describe(read_passes(results, len(names)), sorted_in, observed, names)
+def _see(generation: Generation, directory: Path, opened: Opened, categories: Categories, track: Track) -> _Seen:
+    """Generates what is not there yet, and looks at router and experts on every task."""
+    files = generate_samples(generation, directory, opened=opened)
+    decoder = opened.decoder(generation.decoder, generation.strategies[0])
+    observed = observe_all(decoder, texts_of(_tasks(generation), files.get("router")), track)
+    return _Seen(files, categories, observed, decoder.model.expert_names, decoder.model.checkpoint.warnings)
+
+
+def _describe(seen: _Seen, generation: Generation, limits: Limits, scoring: Mapping[str, Any]) -> dict[str, Any]:
+    """Scores what is not scored yet. As `document.describe`, and: sandbox, measured_alone: how the code ran (see
+    `results.summarise`); remarks: lines in plain words; warnings: of loading; files: {strategy: its sample file}."""
+    results = score_files(seen.files, generation.task_set, generation.task_ids(), limits, **scoring)
+    found = describe(read_passes(results, len(seen.names)), seen.categories, seen.observed, seen.names)
     first = results["single:0"]
     found |= {name: first[name] for name in ("sandbox", "measured_alone") if name in first}
     return {
         **found,
-        "remarks": benchmark_remarks(found, names),
-        "warnings": list(decoder.model.checkpoint.warnings),
-        "files": {name: str(path) for name, path in files.items()},
+        "remarks": benchmark_remarks(found, seen.names),
+        "warnings": list(seen.warnings),
+        "files": {name: str(path) for name, path in seen.files.items()},
     }
+
+
+def _tasks(generation: Generation) -> dict[str, Mapping[str, Any]]:
+    return {task: generation.task_set.tasks[task] for task in generation.task_ids()}
 
 
 def texts_of(tasks: Mapping[str, Mapping[str, Any]], samples: Path | None) -> list[Text]:
@@ -116,23 +113,32 @@ def analyse_experts(
 ) -> dict[str, Any]:
     """Everything about the experts of one checkpoint, ready for JSON; see document.schema.json.
 
+    One model serves all benchmarks. It is gone when scoring needs the memory.
+
     Args:
-        generations: benchmark -> what to generate for it, all of the same checkpoint; see `analyse_benchmark`.
+        generations: benchmark -> what to generate for it, all of the same checkpoint, with the strategies of `strategies_of`,
+            and perhaps more.
         root: samples and results of a benchmark are in the directory of its name below.
+        categories: a file; see `categorise`.
+        scoring: `parallel`, `sandbox` and `again` of `score_files`.
+        track: shows progress; see tracking.py.
 
     Raises:
-        As `analyse_benchmark`.
+        As `generate_samples`, `score_files` and `categorise`.
     """
-    first = next(iter(generations.values()))
-    checkpoint = read_checkpoint(first.checkpoint, **(first.decoder["assume"] or {}))
-    options = {"categories": categories, "scoring": scoring, "track": track}
-    found = {name: analyse_benchmark(plan, root / name, limits, **options) for name, plan in generations.items()}
+    # Of all of them first, because a mistake in the file should not cost a generation.
+    sorted_in = {name: categorise(_tasks(plan), categories) for name, plan in generations.items()}
+    opened = Opened(next(iter(generations.values())).decoder)
+    seen = {name: _see(plan, root / name, opened, sorted_in[name], track) for name, plan in generations.items()}
+    checkpoint = opened.checkpoint
+    del opened
+    found = {name: _describe(seen[name], plan, limits, scoring or {}) for name, plan in generations.items()}
     # Loading may have given the experts other names, so that they stay in their order.
-    names = [expert["name"] for expert in next(iter(found.values()))["experts"]]
+    names = next(iter(seen.values())).names
     renamed = tuple(replace(expert, name=name) for expert, name in zip(checkpoint.experts, names, strict=True))
     checkpoint = replace(checkpoint, experts=renamed)
     weights = describe_weights(compare_weights(checkpoint, track), without_effect(checkpoint))
-    warnings = [*checkpoint.warnings, *(line for one in found.values() for line in one["warnings"])]
+    warnings = [*checkpoint.warnings, *(line for one in seen.values() for line in one.warnings)]
     return {
         "schema": SCHEMA,
         "checkpoint": str(checkpoint.path),
