@@ -75,10 +75,23 @@ class LoopClassifier(LoopRouter):
             found = torch.softmax(found / how.temperature, dim=-1)
         if how.top_k is not None:
             found = found * torch.zeros_like(found).scatter(-1, found.topk(how.top_k, dim=-1).indices, 1.0)
-        if how.softmax_topk:
+        if how.softmax_topk and how.over_batch:
+            found = self.over_batch(found)
+        elif how.softmax_topk:
             found = torch.softmax(found.masked_fill(found == 0, float("-inf")), dim=-1)
         found = how.global_weight * found
-        return found if how.layerwise else found[:, :, 0]
+        return found if found.shape[2] > 1 or how.layerwise else found[:, :, 0]
+
+    def over_batch(self, found: Tensor) -> Tensor:
+        """(B, S, 1 or L, E) -> (B, S, 1 or L, E): in each layer one softmax over what is not 0."""
+        how, layers = self.scaling, []
+        shared = not (how.layerwise or how.softmax or how.top_k is not None)
+        for layer in range(how.num_layers if shared else found.shape[2]):
+            given = layers[-1] if shared and layers else found[:, :, layer]
+            shares = torch.zeros_like(given)
+            shares[given != 0] = torch.softmax(given[given != 0], dim=-1)
+            layers.append(shares)
+        return torch.stack(layers, dim=2)
 
 
 class LoopUnitGate(LoopRouter):

@@ -99,7 +99,13 @@ class Classifier:
     def sums_to_one(self) -> bool:
         how = self.scaling
         every = how.top_k is None or how.top_k >= how.num_experts
+        if self.sees_whole_batch:
+            return False
         return how.global_weight == 1 and (how.softmax_topk or (how.softmax and every))
+
+    @property
+    def sees_whole_batch(self) -> bool:
+        return self.scaling.softmax_topk and self.scaling.over_batch
 
     @property
     def num_experts(self) -> int:

@@ -125,6 +125,7 @@ def _classifier(router: Classifier) -> tuple[dict[str, object], Tensors]:
         "layerwise": how.layerwise,
         "enable_softmax": how.softmax,
         "enable_softmax_topk": how.softmax_topk,
+        "softmax_topk": "batch" if how.over_batch else "token",
         "use_relu": router.relu,
         "num_layers": how.num_layers,
         "softmax_temperature": how.temperature,

@@ -47,11 +47,22 @@ class Workings:
 
     @cached_property
     def ids(self) -> Tensor:
-        return self.bench.batch("left")[0]
+        return self.batch("left")[0]
 
     @cached_property
     def mask(self) -> Tensor:
-        return self.bench.batch("left")[1]
+        return self.batch("left")[1]
+
+    def batch(self, side: str) -> tuple[Tensor, Tensor]:
+        """The bench's rows, padded on that side; only the longest where an answer depends on the rows beside it."""
+        ids, mask = self.bench.batch(side)
+        whole = slice(None) if not self.sees_whole_batch else mask.all(dim=1).nonzero().flatten()[:1]
+        return ids[whole], mask[whole]
+
+    @property
+    def sees_whole_batch(self) -> bool:
+        """Whether the checkpoint's own definition lets a token depend on later ones and on other rows."""
+        return getattr(self.reference.router, "sees_whole_batch", False)
 
     @cached_property
     def valid(self) -> np.ndarray:
@@ -281,6 +292,10 @@ class Workings:
         self.need_experts()
         if self.reference.router is None:
             raise NotApplicable("the checkpoint has no router")
+
+    def need_tokens_alone(self) -> None:
+        if self.sees_whole_batch:
+            raise NotApplicable("the checkpoint's own router takes one softmax over all tokens of all rows: none stands alone")
 
     def need_method(self, owner: object, name: str) -> Callable:
         """The attribute `name`, or NotApplicable: a subject need not offer everything."""

@@ -79,6 +79,7 @@ def check_causal(bench: Bench) -> None:
     """
     w = workings(bench)
     w.need_experts()
+    w.need_tokens_alone()
     changed = w.ids.clone()
     changed[:, -3:] = (changed[:, -3:] + 17) % bench.vocab_size
     before, after = as_float64(w.subject_logits), as_float64(w.ask(w.model, changed, w.mask))
@@ -128,6 +129,7 @@ def check_rows_independent(bench: Bench) -> None:
     """
     w = workings(bench)
     w.need_experts()
+    w.need_tokens_alone()
     for row, prompt in enumerate(bench.prompts):
         alone = w.ask(w.model, prompt[None], torch.ones_like(prompt)[None])[0]
         together, where = w.subject_logits[row, -len(prompt) :], w.decided[row, -len(prompt) :]
@@ -145,7 +147,8 @@ def check_padding_side_invariant(bench: Bench) -> None:
     """
     w = workings(bench)
     w.need_experts()
-    ids, mask = bench.batch("right")
+    w.need_tokens_alone()
+    ids, mask = w.batch("right")
     right = w.ask(w.model, ids, mask)[mask.bool()]
     left, where = w.subject_logits[w.mask.bool()], w.decided[w.valid]
     assert_within(right[where], left[where], 2 * w.routed_bound, effect=w.effect, what="logits under right and left padding")
@@ -159,6 +162,7 @@ def check_cached_decode_equals_recompute(bench: Bench) -> None:
     """
     w = workings(bench)
     w.need_experts()
+    w.need_tokens_alone()
     w.need_option(w.model.forward, "past_key_values")
     pieces, cache = [], None
     length = w.ids.shape[1]
@@ -279,7 +283,7 @@ def check_dtype_move(bench: Bench) -> None:
     model = w.load(dtype="float32")
     before = w.ask(model, routing_weights=w.dense)
     model.to(torch.float64)
-    right_ids, right_mask = bench.batch("right")  # eager attention has no finite softmax for a row of padding in float64
+    right_ids, right_mask = w.batch("right")  # eager attention has no finite softmax for a row of padding in float64
     want = w.reference.logits(right_ids, right_mask, weights=w.dense.double())
     wide = w.ask(model, right_ids, right_mask, routing_weights=w.dense.double())
     where = right_mask.cpu().numpy().astype(bool)

@@ -208,6 +208,8 @@ def _smallest_gflop(bench: Bench) -> float:
 
 
 def _cached_case(bench: Bench) -> Case:
+    if getattr(bench.router, "sees_whole_batch", False):
+        raise NotApplicable("the checkpoint's own router takes one softmax over all tokens of a pass: nothing can be cached")
     case = _case(bench)
     if "past_key_values" not in inspect.signature(type(bench.model).forward).parameters:
         raise NotApplicable(f"{type(bench.model).__name__}.forward takes no past_key_values: it promises no cache")

@@ -22,9 +22,10 @@ Linear = tuple[np.ndarray, "np.ndarray | None"]
 class Scaling:
     """What follows the classifier's last Linear.
 
-    softmax_topk: over the experts of one token in one layer, as PEFT has it since its fix (peft #2793). The standalone package
-    takes one softmax over the selected entries of all tokens and rows, which is no weight per token: a token would depend on
-    later ones, and no answer could be checked alone. Readings refuse it.
+    softmax_topk: over the experts of one token in one layer, as PEFT has it since its fix (peft #2793, 0.18).
+    over_batch: that softmax is one over the selected entries of all tokens and rows of a pass, as the standalone package has it.
+        It is written into the scalings, which all layers share where neither a softmax nor a top_k made a copy of them: there
+        layer l has the softmax l + 1 times.
     """
 
     num_experts: int
@@ -32,6 +33,7 @@ class Scaling:
     layerwise: bool = False
     softmax: bool = True
     softmax_topk: bool = False
+    over_batch: bool = False
     temperature: float = 1.0
     top_k: int | None = None
     global_weight: float = 1.0
@@ -60,10 +62,29 @@ def weights(scaling: Scaling, z: np.ndarray) -> np.ndarray:
         kept = np.zeros(found.shape, bool)
         np.put_along_axis(kept, order, True, axis=-1)
         found = np.where(kept, found, 0.0)
-    if scaling.softmax_topk:
+    if scaling.softmax_topk and scaling.over_batch:
+        found = _over_batch(scaling, found)
+    elif scaling.softmax_topk:
         found = np.where(found != 0, softmax(np.where(found != 0, found, -np.inf)), 0.0)
     found = scaling.global_weight * found
-    return found if scaling.layerwise else found[..., 0, :]
+    return found if found.shape[-2] > 1 or scaling.layerwise else found[..., 0, :]
+
+
+def _over_batch(scaling: Scaling, found: np.ndarray) -> np.ndarray:
+    """(..., 1 or L, E) -> the same, or (..., L, E) where every layer takes the softmax of the layer before's."""
+    layers = [_of_all(found[..., layer, :]) for layer in range(found.shape[-2])]
+    if not (scaling.layerwise or scaling.softmax or scaling.top_k is not None):
+        while len(layers) < scaling.num_layers:
+            layers.append(_of_all(layers[-1]))
+    return np.stack(layers, axis=-2)
+
+
+def _of_all(entries: np.ndarray) -> np.ndarray:
+    """One softmax over all entries that are not 0."""
+    present = entries != 0
+    shares = np.zeros_like(entries)
+    shares[present] = softmax(entries[present])
+    return shares
 
 
 def margin(scaling: Scaling, z: np.ndarray) -> np.ndarray:

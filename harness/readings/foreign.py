@@ -59,6 +59,7 @@ def _classifier(state: Any) -> Classifier:
         layerwise=state.layerwise,
         softmax=state.enable_softmax,
         softmax_topk=state.enable_softmax_topk,
+        over_batch=state.over_batch,
         temperature=state.softmax_temperature,
         top_k=state.top_k,
         global_weight=state.global_scaling_weight,

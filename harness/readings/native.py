@@ -53,6 +53,7 @@ def _classifier(section: Mapping[str, Any], tensors: Mapping[str, Tensor], count
         layerwise=section["layerwise"],
         softmax=section["enable_softmax"],
         softmax_topk=section["enable_softmax_topk"],
+        over_batch=section.get("softmax_topk") == "batch",
         temperature=section["softmax_temperature"],
         top_k=section["top_k"],
         global_weight=section["global_scaling_weight"],

@@ -31,14 +31,13 @@ def read_peft(path: Path, base_model: str | None, assume: Mapping[str, Any]) -> 
 def read_standalone(path: Path, base_model: str | None, assume: Mapping[str, Any]) -> Artifact:
     config = read_json(path / "xlora_config.json")
     config = {**config, "base_model_name_or_path": config.get("base_model_id")}
-    if config.get("enable_softmax_topk"):  # see harness/oracles/xlora.py
-        raise ValueError(f"{path}: enable_softmax_topk: found a softmax over several tokens, expected one per token")
     tensors = read_tensors(weights_file(path, "xlora_classifier"))
     inner = [name for name in tensors if name.startswith("inner.")]
     last = 1 + max((int(name.split(".")[1]) for name in inner), default=-1)
     renamed = {re.sub(r"^inner\.", "layers.", name): tensors[name] for name in inner}
     renamed |= {name.replace("last.", f"layers.{last}."): tensors[name] for name in tensors if name not in inner}
-    return _artifact(path, base_model, config, {name: _found(path, name, name) for name in config["adapters"]}, renamed)
+    places = {name: _found(path, name, name) for name in config["adapters"]}
+    return _artifact(path, base_model, {**config, "softmax_topk": "batch"}, places, renamed)
 
 
 def _artifact(
@@ -77,6 +76,7 @@ def _classifier(config: Mapping[str, Any], tensors: Mapping[str, Tensor], num_ex
         layerwise=bool(config.get("layerwise_scalings")),
         softmax=config.get("enable_softmax", True),
         softmax_topk=bool(config.get("enable_softmax_topk")),
+        over_batch=config.get("softmax_topk") == "batch",
         temperature=config.get("softmax_temperature", 1.0),
         top_k=config.get("top_k_lora"),
         global_weight=config.get("global_scaling_weight", 1.0),

@@ -186,7 +186,9 @@ class Batch:
     @torch.no_grad()
     def _forward(self, ids: Tensor) -> Tensor:
         """Logits behind the last of these columns, (rows, vocabulary)."""
-        setting = self.setting
+        setting, kept = self.setting, {"past_key_values": self.cache, "use_cache": True}
+        if None in self._routes and setting.routing is not None and setting.routing.needs_whole_pass:
+            ids, kept = self.ids, {"use_cache": False}
         back = torch.arange(1 - ids.shape[1], 1, device=ids.device)
         arguments: dict[str, Any] = {
             "position_ids": (self.positions[:, None] + back).clamp(min=0),
@@ -194,9 +196,7 @@ class Batch:
         }
         arguments = {name: value for name, value in arguments.items() if name in setting.inputs}
         with self._routed():
-            output = setting.causal_lm(
-                input_ids=ids, attention_mask=self.mask, past_key_values=self.cache, use_cache=True, return_dict=True, **arguments
-            )
+            output = setting.causal_lm(input_ids=ids, attention_mask=self.mask, return_dict=True, **kept, **arguments)
         return output.logits[:, -1]
 
     def _routed(self) -> AbstractContextManager[None]:

@@ -150,8 +150,10 @@ class PeftMoEDecoder(DecoderBase):
             OutOfMemory: one completion alone does not fit.
         """
         self._check_temperature(do_sample)
-        requests = self._requests(wanted, do_sample=do_sample)
-        for text in complete(self._setting(), list(requests), self.batch_size, tick):
+        requests, setting = self._requests(wanted, do_sample=do_sample), self._setting()
+        # Where a router weighs a token by all rows of a pass, a text must not depend on which rows were there.
+        together = 1 if setting.routing is not None and setting.routing.needs_whole_pass else self.batch_size
+        for text in complete(setting, list(requests), together, tick):
             string = cut_at_stop(self._decode(text.tokens[: text.length]), self.eos).replace("\t", "    ")
             for one in requests[text.request]:
                 yield Completion(one, string, len(text.tokens))

@@ -113,7 +113,7 @@ def _router(state: Router | None) -> dict[str, Any] | None:
         settings = {"kind": "dynamic_hybrid", "top_k": state.top_k, "temperature": state.temperature}
     elif isinstance(state, XLoraState):
         tensors = {f"layers.{i}.{name}": t for i, pair in enumerate(state.layers) for name, t in _named(pair)}
-        names = ("layerwise", "enable_softmax", "enable_softmax_topk", "use_relu", "dropout")
+        names = ("layerwise", "enable_softmax", "enable_softmax_topk", "softmax_topk", "use_relu", "dropout")
         settings = {"kind": "xlora", "top_k": state.top_k, "temperature": state.softmax_temperature, "depth": len(state.layers)}
         settings |= {name: getattr(state, name) for name in (*names, "num_layers", "global_scaling_weight")}
     else:

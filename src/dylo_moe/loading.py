@@ -37,6 +37,7 @@ def load_checkpoint(  # noqa: PLR0913 - from_pretrained's own habit: one option 
     router_features: str | None = None,
     rng_seed: int | None = None,
     genknowsub: str | None = None,
+    softmax_topk: str | None = None,
     adapters: Adapters = None,
     expect_hash: str | None = None,
     attn_implementation: str | None = None,
@@ -52,8 +53,8 @@ def load_checkpoint(  # noqa: PLR0913 - from_pretrained's own habit: one option 
         dtype: of the base model, "auto" or None for the one it is stored in; experts and router keep theirs, except that
             16-bit ones become float32, as in PEFT.
         device_map: as in transformers' from_pretrained.
-        lora_alpha, top_k, temperature, router_features, rng_seed, genknowsub, adapters: for layouts whose files do not hold
-            them, and to override; see read_checkpoint.
+        lora_alpha, top_k, temperature, router_features, rng_seed, genknowsub, softmax_topk, adapters: for layouts whose files do
+            not hold them, and to override; see read_checkpoint.
         expect_hash: refuse files whose hash is another.
         quantization_config: as in from_pretrained, a BitsAndBytesConfig for example; a base that is stored quantised needs none.
 
@@ -72,6 +73,7 @@ def load_checkpoint(  # noqa: PLR0913 - from_pretrained's own habit: one option 
         router_features=router_features,
         rng_seed=rng_seed,
         genknowsub=genknowsub,
+        softmax_topk=softmax_topk,
         adapters=adapters,
         expect_hash=expect_hash,
     )

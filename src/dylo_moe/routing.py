@@ -63,6 +63,11 @@ class Routing:
             causal_lm.register_forward_hook(self._after, always_call=True),
         ]
 
+    @property
+    def needs_whole_pass(self) -> bool:
+        """Whether the router weighs a token by all tokens and rows of the pass, so that none can use what another kept."""
+        return getattr(self.router, "over_batch", False)
+
     def remove(self) -> None:
         """Takes the hooks and the checkpointing wrappers off again."""
         self.removed = True
@@ -206,6 +211,10 @@ class Routing:
             return self.router
         if self.features == "embedding":
             return self.router(self._embeddings(kwargs))
+        if self.needs_whole_pass:
+            if kwargs.get("past_key_values") is not None:
+                raise RoutingError("the router weighs a token by all tokens of the pass: no past_key_values, but use_cache=False")
+            kwargs["use_cache"] = False
         return self.router(self._decoder_features(kwargs))
 
     def _embeddings(self, kwargs: dict[str, Any]) -> Tensor:

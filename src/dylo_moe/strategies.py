@@ -84,7 +84,13 @@ def generate_with_strategy(
         if chosen.kind == "best" and isinstance(route, Tensor):
             route = route.repeat_interleave(rows // len(route))
     with model.routing.forcing(route), model.routing.holding(model, options):
-        return model.causal_lm.generate(input_ids, attention_mask=attention_mask, **options)
+        return model.causal_lm.generate(input_ids, attention_mask=attention_mask, **_passed_on(model, options))
+
+
+def _passed_on(model: RoutedModel, options: dict[str, Any]) -> dict[str, Any]:
+    """Without a cache, whatever was asked for, where the router decides by all tokens of a pass: it would be refused."""
+    uncached = model.mixture.forced is None and model.routing.needs_whole_pass
+    return {**options, "use_cache": False} if uncached else options
 
 
 @torch.no_grad()

@@ -21,6 +21,10 @@ class XLoraRouter(nn.Module):
     rest is not renormalised; with enable_softmax_topk a softmax over those that are not 0; times global_scaling_weight.
     Dropout acts in training only.
 
+    Where state.over_batch, that softmax is one over all that are not 0 of all tokens and rows of the pass, padding too, as in
+    github.com/EricLBuehler/xlora and in PEFT before 0.18. Both write it over the scalings, which all layers share where neither
+    a softmax nor a top_k made a copy of them: there layer l has it l + 1 times.
+
     Raises:
         RoutingError: top_k, temperature or the layers' widths contradict the rest of the state.
     """
@@ -36,13 +40,15 @@ class XLoraRouter(nn.Module):
         self.temperature = state.softmax_temperature
         self.enable_softmax = state.enable_softmax
         self.enable_softmax_topk = state.enable_softmax_topk
+        self.softmax_topk = state.softmax_topk
+        self.over_batch = state.over_batch
         self.global_scaling_weight = state.global_scaling_weight
         self.dropout = state.dropout
         self.use_relu = state.use_relu
         self.layers = nn.ModuleList(wide_linear(weight, bias) for weight, bias in state.layers)
 
     def forward(self, hidden_states: Tensor) -> Tensor:
-        """(B, S, H) of any float dtype -> weights (B, S, E), layerwise (B, S, L, E), in the classifier's dtype."""
+        """(B, S, H) of any float dtype -> weights (B, S, E), or (B, S, L, E) where layers differ, in the classifier's dtype."""
         x = hidden_states.to(self.layers[0].weight.dtype)
         for layer in self.layers[:-1]:
             x = layer(x)
@@ -59,12 +65,24 @@ class XLoraRouter(nn.Module):
         if self.top_k is not None:
             kept = torch.topk(weights, self.top_k, dim=-1).indices
             weights = weights * torch.zeros_like(weights).scatter(-1, kept, 1.0)
+        if self.over_batch:
+            return self._over_batch(weights)
         if self.enable_softmax_topk:
             present = weights != 0
             # Where all weights are 0 the softmax is NaN and is not used.
             shares = torch.softmax(weights.masked_fill(~present, float("-inf")), dim=-1)
             weights = shares.masked_fill(~present, 0.0)
         return weights
+
+    def _over_batch(self, weights: Tensor) -> Tensor:
+        if self.layerwise:
+            return torch.stack([_softmax_of_present(layer) for layer in weights.unbind(2)], dim=2)
+        if self.enable_softmax or self.top_k is not None:
+            return _softmax_of_present(weights)
+        layers = [_softmax_of_present(weights)]
+        for _ in range(self.num_layers - 1):
+            layers.append(_softmax_of_present(layers[-1]))
+        return torch.stack(layers, dim=2)
 
     def state(self) -> XLoraState:
         """The settings, and the tensors as they are now, on the CPU."""
@@ -75,6 +93,7 @@ class XLoraRouter(nn.Module):
             layerwise=self.layerwise,
             enable_softmax=self.enable_softmax,
             enable_softmax_topk=self.enable_softmax_topk,
+            softmax_topk=self.softmax_topk,
             softmax_temperature=self.temperature,
             top_k=self.top_k,
             global_scaling_weight=self.global_scaling_weight,
@@ -84,6 +103,13 @@ class XLoraRouter(nn.Module):
 
     def extra_repr(self) -> str:
         return f"experts={self.num_experts}, top_k={self.top_k}, temperature={self.temperature}, layerwise={self.layerwise}"
+
+
+def _softmax_of_present(weights: Tensor) -> Tensor:
+    """One softmax over all numbers of the tensor that are not 0; the others stay 0."""
+    present = weights != 0
+    shares = torch.softmax(weights.masked_fill(~present, float("-inf")).flatten(), dim=0).view(weights.shape)
+    return shares.masked_fill(~present, 0.0)
 
 
 def _check(state: XLoraState) -> None:

@@ -108,6 +108,15 @@ def test_scalings_by_hand(scaling: xlora.Scaling, want: object) -> None:
     np.testing.assert_allclose(xlora.weights(scaling, LOGITS)[0], want, atol=1e-15)
 
 
+def test_a_softmax_over_the_batch_is_one_over_all_tokens() -> None:
+    two = np.concatenate([LOGITS, LOGITS])
+    shares = xlora.weights(a_scaling(top_k=1, softmax_topk=True, over_batch=True), two)
+    np.testing.assert_allclose(shares, [[0.5, 0, 0, 0], [0.5, 0, 0, 0]])
+    again = xlora.weights(a_scaling(softmax=False, softmax_topk=True, over_batch=True), LOGITS)
+    want = [0.4, 0.3, 0.2, 0.1], np.exp([0.4, 0.3, 0.2, 0.1]) / np.exp([0.4, 0.3, 0.2, 0.1]).sum()
+    np.testing.assert_allclose(again[0], want)
+
+
 def test_layerwise_scalings_are_rows_of_experts() -> None:
     z = np.concatenate([LOGITS, LOGITS[:, ::-1]], axis=1)
     found = xlora.weights(a_scaling(layerwise=True), z)

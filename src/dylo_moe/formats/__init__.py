@@ -87,6 +87,7 @@ def read_checkpoint(  # noqa: PLR0913 - as load_checkpoint: one option per thing
     router_features: str | None = None,
     rng_seed: int | None = None,
     genknowsub: str | None = None,
+    softmax_topk: str | None = None,
     adapters: Adapters = None,
     expect_hash: str | Mapping[str, str] | None = None,
 ) -> Checkpoint:
@@ -99,6 +100,8 @@ def read_checkpoint(  # noqa: PLR0913 - as load_checkpoint: one option per thing
             for each layer of the base model, which only MoLA has.
         rng_seed: of Arrow's prototypes, where its files record none.
         genknowsub: "subtract" or "subtracted": whether Arrow's experts still hold the general adapters, where it cannot be told.
+        softmax_topk: "token" or "batch": what X-LoRA's enable_softmax_topk takes its softmax over; None for what the package that
+            wrote the files does: the standalone one over the batch, PEFT over the token since its 0.18.
         adapters: directories of X-LoRA's experts outside of the checkpoint, by name or one that holds them all. The paths that
             the checkpoint records are not opened unless they are named here.
         expect_hash: SHA-256 by relative file name, or the `combined_hash` of all files read.
@@ -110,7 +113,7 @@ def read_checkpoint(  # noqa: PLR0913 - as load_checkpoint: one option per thing
     _check_options(expect_hash, adapters)
     pinned = expect_hash if isinstance(expect_hash, Mapping) else None
     files = CheckpointFiles(_root(path), pinned)
-    options = ReadOptions(lora_alpha, top_k, temperature, router_features, rng_seed, genknowsub, adapters)
+    options = ReadOptions(lora_alpha, top_k, temperature, router_features, rng_seed, genknowsub, softmax_topk, adapters)
     checkpoint = _read(files, detect(files, path), path, options)
     check_same_sizes(checkpoint.experts, path)
     files.check_all_expected_read()

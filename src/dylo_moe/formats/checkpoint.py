@@ -10,6 +10,7 @@ from typing import Any
 from torch import Tensor
 
 ROUTER_FEATURES = ("base", "all_experts", "embedding", "layer")
+SOFTMAX_TOPK = ("token", "batch")
 
 
 @dataclass(frozen=True)
@@ -48,8 +49,8 @@ class Expert:
     replaced: path of a module of the base that this expert has in a version of its own -> every parameter of it, by its name
         in the module (PEFT's modules_to_save).
     biases: path of a module whose bias, and nothing else, the expert has in a version of its own -> that bias (PEFT's bias).
-    repeated: name of a base weight -> what the expert's file says it is: PEFT saves the base weight of a readout or embedding that
-        has an adapter. Loading compares it with the base model's; it is not the expert's own.
+    repeated: name of a base weight -> what the expert's file says it is: PEFT saves the base weight of a readout or embedding
+        that has an adapter. Loading compares it with the base model's; it is not the expert's own.
     """
 
     name: str
@@ -86,7 +87,8 @@ class XLoraState:
     layers: (weight (out, in), bias (out,) or None) of each Linear; the last has num_experts outputs, num_layers times as many
         if layerwise.
     top_k: None mixes all experts; else the others' scalings become 0 and the rest is not renormalised.
-    enable_softmax_topk: a softmax over the scalings of one layer that are not 0, token by token.
+    enable_softmax_topk: a softmax over the scalings of one layer that are not 0.
+    softmax_topk: one of SOFTMAX_TOPK: that softmax is taken for each token, or is one over all tokens of all rows of a pass.
     """
 
     layers: tuple[tuple[Tensor, Tensor | None], ...]
@@ -95,6 +97,7 @@ class XLoraState:
     layerwise: bool = False
     enable_softmax: bool = True
     enable_softmax_topk: bool = False
+    softmax_topk: str = "token"
     softmax_temperature: float = 1.0
     top_k: int | None = None
     global_scaling_weight: float = 1.0
@@ -106,6 +109,11 @@ class XLoraState:
     @property
     def hidden_size(self) -> int:
         return self.layers[0][0].shape[1]
+
+    @property
+    def over_batch(self) -> bool:
+        """Whether a token's weights depend on all tokens and rows of the pass."""
+        return self.enable_softmax_topk and self.softmax_topk == "batch"
 
 
 @dataclass(frozen=True)

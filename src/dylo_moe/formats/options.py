@@ -21,6 +21,7 @@ class ReadOptions:
     top_k: experts per token; a tuple gives one for each layer of the base model (MoLA).
     rng_seed: of Arrow's prototypes, where its files record none.
     adapters: X-LoRA's experts, where they are not in the checkpoint.
+    softmax_topk: "token" or "batch": what X-LoRA's enable_softmax_topk takes its softmax over.
     genknowsub: "subtract" or "subtracted": whether Arrow's experts still hold the general adapters, where it cannot be told.
     """
 
@@ -30,6 +31,7 @@ class ReadOptions:
     router_features: str | None = None
     rng_seed: int | None = None
     genknowsub: str | None = None
+    softmax_topk: str | None = None
     adapters: Adapters = None
 
 

@@ -31,6 +31,10 @@ _REPAIR = (
     "all of them; where the model is still at hand, save_file of what its state_dict() has with internal_xlora_classifier in"
     " the key, as adapter_model.safetensors"
 )
+_EARLY_PEFT = (
+    "enable_softmax_topk is computed for each token; PEFT before 0.18 took one softmax over the whole batch, as the option"
+    " softmax_topk=batch does"
+)
 
 
 def read_peft_xlora(files: CheckpointFiles, options: ReadOptions) -> Checkpoint:
@@ -46,12 +50,12 @@ def read_peft_xlora(files: CheckpointFiles, options: ReadOptions) -> Checkpoint:
     if data.get("task_type") not in (None, "CAUSAL_LM"):
         raise InvalidField(path, "task_type", found=repr(data["task_type"])[:80], expected='"CAUSAL_LM" or null')
     places = _places(data.get("adapters"), path)
-    config = read_fields(data, path, len(places), options)
+    config = read_fields(data, path, len(places), options, softmax_topk="token")
     if config.use_trainable_adapters:  # what lies at the recorded paths is what they were before the training
         places = [replace(place, recorded=None) for place in places]
         _warn_of_training(files, options)
-    if config.enable_softmax_topk and data.get("peft_version") is None:
-        files.warn("enable_softmax_topk is computed for each token; early PEFT versions took one softmax over the whole batch")
+    if config.enable_softmax_topk and data.get("peft_version") is None and options.softmax_topk is None:
+        files.warn(_EARLY_PEFT)
     names = [f"{PREFIX}.{number}" for number in classifier_numbers(config.depth, config.dropout)]
     classifier = _whole_classifier(files, names, places, config)
     read = read_experts(files, places, options.adapters)

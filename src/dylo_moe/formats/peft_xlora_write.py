@@ -93,6 +93,7 @@ def _check_classifier(state: XLoraState, directory: Path) -> None:
         "use_relu": len(state.layers) > 1 and not state.use_relu,
         "bias": any(bias is None for _, bias in state.layers),
         "xlora_size": len(widths) > 1,
+        "softmax_topk": state.over_batch,
     }
     for name, is_wrong in wrong.items():
         if is_wrong:

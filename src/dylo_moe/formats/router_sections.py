@@ -22,17 +22,18 @@ from torch import Tensor
 from dylo_moe.errors import ForeignTensor, GateMissing, InvalidField, ShapeMismatch
 from dylo_moe.formats.adapter import check_finite
 from dylo_moe.formats.adapter_config import optional_text
-from dylo_moe.formats.checkpoint import GATE_RULES, GatesState, GateState, XLoraState
+from dylo_moe.formats.checkpoint import GATE_RULES, SOFTMAX_TOPK, GatesState, GateState, XLoraState
 from dylo_moe.formats.files import CheckpointFiles
 from dylo_moe.formats.options import ReadOptions
 from dylo_moe.formats.router_file import MAX_TEMPERATURE, MIN_TEMPERATURE
 from dylo_moe.formats.safetensors_file import MAX_TENSORS, TensorInfo, require_float, require_integer
+from dylo_moe.formats.xlora_classifier import check_softmax_topk, warn_of_batch
 
 XLORA, GATES = "xlora", "gates"
 LEVELS = ("linear", "feed_forward")
 MAX_WIDTH = 10_000_000
 _FLAGS = ("layerwise", "enable_softmax", "enable_softmax_topk", "use_relu")
-_OTHERS = ("num_layers", "softmax_temperature", "top_k", "global_scaling_weight", "dropout")
+_OTHERS = ("softmax_topk", "num_layers", "softmax_temperature", "top_k", "global_scaling_weight", "dropout")
 _THRESHOLD_GATES = {None: 0, "weight": 1, "weight and bias": 2}
 Shapes = dict[str, tuple[int, ...]]
 
@@ -99,7 +100,9 @@ def read_xlora(section: Mapping[str, Any], files: CheckpointFiles, paths: tuple[
     tensors = _read(files, tensor_path, shapes)
     names = [f"classifier.layers.{index}" for index in range(len(biased))]
     layers = tuple((tensors[f"{name}.weight"], tensors.get(f"{name}.bias")) for name in names)
-    return XLoraState(layers=layers, num_experts=count, **settings)
+    state = XLoraState(layers=layers, num_experts=count, **settings)
+    warn_of_batch(state, files)
+    return state
 
 
 def _classifier_layers(section: Mapping[str, Any], path: Path) -> tuple[list[int], list[bool]]:
@@ -119,6 +122,7 @@ def _classifier_layers(section: Mapping[str, Any], path: Path) -> tuple[list[int
 
 def _xlora_settings(section: Mapping[str, Any], path: Path, count: int) -> dict[str, Any]:
     settings = {name: _flag(section.get(name), path, f"router.{name}") for name in _FLAGS}
+    settings["softmax_topk"] = _one_of({"softmax_topk": "token", **section}, "softmax_topk", path, SOFTMAX_TOPK)
     settings["num_layers"] = require_integer(section.get("num_layers"), path, "router.num_layers", low=1, high=MAX_TENSORS)
     settings["top_k"] = _top_k(section.get("top_k"), path, "router.top_k", count)
     settings["softmax_temperature"] = _number(section, "softmax_temperature", path, MIN_TEMPERATURE, MAX_TEMPERATURE)
@@ -194,6 +198,9 @@ def overridden(section: Mapping[str, Any], options: ReadOptions, path: Path) -> 
         InvalidField: other features than these routers have, or a top_k per layer.
     """
     changed = dict(section)
+    check_softmax_topk(options, path)
+    if options.softmax_topk is not None and section.get("type") == XLORA:
+        changed["softmax_topk"] = options.softmax_topk
     if options.router_features not in (None, section.get("features")):
         found = repr(options.router_features)[:80]
         raise InvalidField(path, "features", found=found, expected=f"{section.get('features')!r}, for this router")

@@ -26,16 +26,12 @@ def read_xlora(files: CheckpointFiles, options: ReadOptions) -> Checkpoint:
     """Read a directory that xlora's save_pretrained wrote.
 
     Raises:
-        InvalidField: enable_softmax_topk, whose softmax runs over all tokens of a batch in that package.
         CheckpointError: any of its subclasses, naming file and field.
     """
     path = files.root / CONFIG
     data = files.read_json(path)
     places = _places(data.get("adapters"), path)
-    config = classifier_config(data, path, len(places), options)
-    if config.enable_softmax_topk:
-        expected = "false: it is one softmax over all tokens of the batch, so that a token depends on later ones and other rows"
-        raise InvalidField(path, "enable_softmax_topk", found="true", expected=expected)
+    config = classifier_config(data, path, len(places), options, softmax_topk="batch")
     classifier = _classifier(files)
     read = read_experts(files, places, options.adapters)
     experts = tuple(expert for expert, _ in read)

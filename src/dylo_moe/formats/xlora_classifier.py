@@ -11,7 +11,7 @@ from torch import Tensor
 
 from dylo_moe.errors import ExpertCountMismatch, ForeignTensor, GateMissing, InvalidField, ShapeMismatch
 from dylo_moe.formats.adapter import check_finite, flat_tensors, infos
-from dylo_moe.formats.checkpoint import XLoraState
+from dylo_moe.formats.checkpoint import SOFTMAX_TOPK, XLoraState
 from dylo_moe.formats.files import CheckpointFiles
 from dylo_moe.formats.options import ReadOptions
 from dylo_moe.formats.safetensors_file import TensorInfo, require_float, require_integer
@@ -21,6 +21,10 @@ MAX_WIDTH = 1_000_000
 # What both packages take where the file says nothing.
 _DEFAULT_DROPOUT = 0.2
 _DEFAULT_SIZE = 2048
+_OVER_BATCH = (
+    "enable_softmax_topk is one softmax over all tokens of a batch: what a token gets depends on later tokens, other rows and"
+    " padding, and there is no KV cache; the option softmax_topk=token takes one for each token instead"
+)
 
 
 @dataclass(frozen=True)
@@ -35,6 +39,7 @@ class ClassifierConfig:
     layerwise: bool
     enable_softmax: bool
     enable_softmax_topk: bool
+    softmax_topk: str
     temperature: float
     top_k: int | None
     global_scaling_weight: float
@@ -43,13 +48,19 @@ class ClassifierConfig:
     use_bias: bool
 
 
-def classifier_config(data: Mapping[str, Any], path: Path, num_experts: int, options: ReadOptions) -> ClassifierConfig:
+def classifier_config(
+    data: Mapping[str, Any], path: Path, num_experts: int, options: ReadOptions, *, softmax_topk: str
+) -> ClassifierConfig:
     """The fields of XLoraConfig in `data`, PEFT's or the standalone one; absent ones have the packages' defaults.
+
+    Args:
+        softmax_topk: what the package's enable_softmax_topk is taken over, where the user says nothing else.
 
     Raises:
         InvalidField: a wrong type or an impossible value, or a scaling_pass_value other than 0.
     """
     _check_feature_pass(data, path, options)
+    check_softmax_topk(options, path)
     top_k = data.get("top_k_lora") if options.top_k is None else options.top_k
     temperature = data.get("softmax_temperature", 1.0) if options.temperature is None else options.temperature
     return ClassifierConfig(
@@ -61,6 +72,7 @@ def classifier_config(data: Mapping[str, Any], path: Path, num_experts: int, opt
         layerwise=_flag(data, path, "layerwise_scalings", default=False),
         enable_softmax=_flag(data, path, "enable_softmax", default=True),
         enable_softmax_topk=_flag(data, path, "enable_softmax_topk", default=False),
+        softmax_topk=options.softmax_topk or softmax_topk,
         temperature=_number(temperature, path, "softmax_temperature", low=1e-6, high=1e6),
         top_k=None if top_k is None else require_integer(top_k, path, "top_k_lora", low=1, high=num_experts),
         global_scaling_weight=_number(data.get("global_scaling_weight", 1.0), path, "global_scaling_weight", -1e6, 1e6),
@@ -109,19 +121,34 @@ def read_classifier(
     check_finite(tensors, file)
     layers = tuple((tensors[f"{name}.weight"], tensors.get(f"{name}.bias")) for name in names)
     _check_layers(layers, config, num_experts * num_layers, file, f"{names[-1]}.weight")
-    return XLoraState(
+    state = XLoraState(
         layers=layers,
         num_experts=num_experts,
         num_layers=num_layers,
         layerwise=config.layerwise,
         enable_softmax=config.enable_softmax,
         enable_softmax_topk=config.enable_softmax_topk,
+        softmax_topk=config.softmax_topk,
         softmax_temperature=config.temperature,
         top_k=config.top_k,
         global_scaling_weight=config.global_scaling_weight,
         dropout=config.dropout if config.use_relu else 0.0,
         use_relu=config.use_relu,
     )
+    warn_of_batch(state, files)
+    return state
+
+
+def warn_of_batch(state: XLoraState, files: CheckpointFiles) -> None:
+    if state.over_batch:
+        files.warn(_OVER_BATCH)
+
+
+def check_softmax_topk(options: ReadOptions, path: Path) -> None:
+    """Raises InvalidField unless the user says one of SOFTMAX_TOPK, or nothing."""
+    if options.softmax_topk not in (None, *SOFTMAX_TOPK):
+        found = repr(options.softmax_topk)[:80]
+        raise InvalidField(path, "softmax_topk", found=found, expected=f"one of {', '.join(SOFTMAX_TOPK)}")
 
 
 def _check_feature_pass(data: Mapping[str, Any], path: Path, options: ReadOptions) -> None:

@@ -8,8 +8,10 @@ from pathlib import Path
 import pytest
 import torch
 from safetensors.torch import load_file
+from transformers import DynamicCache
 
-from dylo_moe import detect_model_format, errors, load_checkpoint
+from dylo_moe import PeftMoEDecoder, detect_model_format, errors, load_checkpoint
+from dylo_moe.completions import Wanted
 from dylo_moe.formats import read_checkpoint
 from dylo_moe.formats.peft_xlora_write import write_xlora
 from fixtures.xlora import equation, write_standalone
@@ -45,6 +47,9 @@ def edit(path: Path, **changes: object) -> None:
         (XLoraChoices(xlora_depth=3, top_k_lora=2, global_scaling_weight=0.6), {"below": "X-LoRA_adapters"}),
         (XLoraChoices(xlora_depth=4, layerwise_scalings=True, softmax_temperature=2.0), {"bias": False}),
         (XLoraChoices(xlora_depth=3, enable_softmax=False, global_scaling_weight=0.1), {"relu": False, "bias": False}),
+        (XLoraChoices(top_k_lora=2, enable_softmax_topk=True, global_scaling_weight=9.0), {}),
+        (XLoraChoices(layerwise_scalings=True, enable_softmax_topk=True, global_scaling_weight=9.0), {}),
+        (XLoraChoices(xlora_depth=2, enable_softmax=False, enable_softmax_topk=True, global_scaling_weight=9.0), {}),
     ],
 )
 def test_logits_equal_the_equation(base, tmp_path, choices, layout):
@@ -58,6 +63,53 @@ def test_logits_equal_the_equation(base, tmp_path, choices, layout):
         without = model(IDS, routing_weights=torch.zeros(3)).logits
     assert (want - without).abs().max() > 0.1
     assert (got.logits - want).abs().max() < TOLERANCE
+
+
+WHOLE = XLoraChoices(xlora_depth=2, top_k_lora=2, enable_softmax_topk=True, global_scaling_weight=9.0)
+
+
+def test_a_softmax_over_the_batch_is_said_and_saved_and_has_no_cache(base, tmp_path):
+    model = load_checkpoint(write_standalone(tmp_path / "xlora", base, NAMES, WHOLE))
+    assert any("one softmax over all tokens of a batch" in line for line in model.checkpoint.warnings)
+    model.save_pretrained(tmp_path / "native")
+    with torch.no_grad():
+        logits = model(IDS).logits
+        assert torch.equal(load_checkpoint(tmp_path / "native")(IDS).logits, logits)
+        assert (model(IDS[:1]).logits - logits[:1]).abs().max() > 0.1
+        with pytest.raises(errors.RoutingError, match="use_cache=False"):
+            model(IDS, past_key_values=DynamicCache())
+        ids = IDS
+        for _ in range(4):  # the whole sequence for every token, as the package does it
+            ids = torch.cat([ids, model(ids).logits[:, -1:].argmax(-1)], dim=1)
+        assert torch.equal(model.generate(IDS, max_new_tokens=4, do_sample=False, use_cache=True), ids)
+    with pytest.raises(errors.InvalidField, match="softmax_topk.*PEFT does not have"):
+        write_xlora(tmp_path / "peft", model.checkpoint)
+
+
+def test_the_user_may_have_the_softmax_for_each_token(base, tmp_path):
+    path = write_standalone(tmp_path / "xlora", base, NAMES, WHOLE)
+    model = load_checkpoint(path, softmax_topk="token")
+    assert not model.checkpoint.warnings
+    write_xlora(tmp_path / "peft", model.checkpoint)
+    early = load_checkpoint(tmp_path / "peft", softmax_topk="batch")
+    with torch.no_grad():
+        assert (load_checkpoint(tmp_path / "peft")(IDS).logits - model(IDS).logits).abs().max() < TOLERANCE
+        assert (early(IDS).logits - load_checkpoint(path)(IDS).logits).abs().max() < TOLERANCE
+    with pytest.raises(errors.InvalidField, match="softmax_topk: found 'row', expected one of token, batch"):
+        read_checkpoint(path, softmax_topk="row")
+
+
+def test_what_the_decoder_writes_does_not_depend_on_the_rows_beside_it(base, tmp_path):
+    model = load_checkpoint(write_standalone(tmp_path / "xlora", base, NAMES, WHOLE))
+    options = {"batch_size": 4, "temperature": 0.0, "max_new_tokens": 4, "dtype": "float32", "model": model}
+    decoder = PeftMoEDecoder("x", "humaneval", base_model=str(base), **options)
+    prompts = ["def add(a, b):", "import os", "x = 1"]
+    wanted = [Wanted(prompt, "router", 0) for prompt in prompts]
+    texts = {done.wanted.prompt: done.text for done in decoder.complete_many(wanted, do_sample=False)}
+    for prompt in prompts:
+        ids = decoder.encode(prompt)
+        new = model.generate(ids, max_new_tokens=4, do_sample=False)[0, ids.shape[1] :]
+        assert texts[prompt] == decoder.tokenizer.decode(new, skip_special_tokens=True).replace("\t", "    ")
 
 
 def test_cached_generation_equals_recomputation(base, tmp_path):
@@ -94,7 +146,6 @@ def test_without_biases_there_is_no_way_to_peft(base, tmp_path):
 @pytest.mark.parametrize(
     ("changes", "error", "message"),
     [
-        ({"enable_softmax_topk": True}, errors.InvalidField, "depends on later ones and other rows"),
         ({"adapters": ["zeta", "zeta", "alpha"]}, errors.InvalidField, "different expert names"),
         ({"adapters": []}, errors.InvalidField, "adapters"),
         ({"adapters": ["zeta", "3"]}, errors.ExpertCountMismatch, "last.weight"),
