@@ -9,12 +9,13 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from itertools import chain
+from operator import attrgetter, is_, methodcaller
 from typing import Any
 
 from peft.tuners.lora import Linear as LoraLinear
 from torch import Tensor, nn
 
-from dylo_moe.sums import Sums
+from dylo_moe.sums import Plain, Sums
 
 # Options of generate that bring code: lists of objects, objects, and what is not looked into.
 _LISTS = ("logits_processor", "stopping_criteria")
@@ -22,43 +23,47 @@ _OBJECTS = ("past_key_values", "generation_config", "streamer")
 _FOREIGN = ("prefix_allowed_tokens_fn", "assistant_model", "custom_generate", "negative_prompt_ids", "synced_gpus")
 # Whose code changes no weight of a model that generates.
 _KNOWN = ("dylo_moe", "transformers", "torch", "peft", "accelerate")
+_VERSION = attrgetter("_version")
+_WEIGHT = methodcaller("get", "weight")
 
 
 class Held:
     """The stacks of one generation, made at first use."""
 
     def __init__(self) -> None:
+        self.plain: dict[int, Plain] = {}  # by the id of a layer that is kept already
         self._sums: dict[int, Sums] = {}
-        self._plain: dict[int, Sums] = {}
-        self._watched: list[tuple[dict, Tensor, int, int]] = []
+        self._kinds: dict[tuple, int] = {}
+        self._owners: list[dict] = []  # where each stacked weight is found, and what it was then
+        self._weights: list[Tensor] = []
+        self._versions: list[int] = []
+        self._places: list[int] = []
 
-    def plain_sums_of(self, layer: LoraLinear) -> Sums | None:
-        """The layer's, if they are kept already and all that it adds to its base."""
-        return self._plain.get(id(layer))
-
-    def sums_of(self, layer: LoraLinear, make: Callable[[], Sums], *, is_plain: bool) -> Sums:
-        """The layer's, with a stack. is_plain: they are all that the layer adds to its base."""
+    def sums_of(self, layer: LoraLinear, make: Callable[[], Sums], *, plain_base: nn.Module | None) -> Sums:
+        """The layer's, with a stack. plain_base: the base layer, if they are all that the layer adds to it."""
         if id(layer) not in self._sums:
             sums = make()
             modules = [part[name] for part in (layer.lora_A, layer.lora_B) for name in part]
             if any(module.weight.is_inference() or "weight" not in module._parameters for module in modules):
                 return sums  # nothing tells when such a weight is changed
             for module in modules:
-                weight = module.weight
-                self._watched.append((module._parameters, weight, weight._version, weight.data_ptr()))
-            self._sums[id(layer)] = sums.stacked()
-            if is_plain:
-                self._plain[id(layer)] = self._sums[id(layer)]
+                self._owners.append(module._parameters)
+                self._weights.append(module.weight)
+                self._versions.append(module.weight._version)
+                self._places.append(module.weight.data_ptr())
+            kept = self._sums[id(layer)] = sums.stacked()
+            if plain_base is not None and plain_base.weight.dtype == kept.dtype:
+                kind = self._kinds.setdefault((*kept.kind, kept.shrinks[0].device), len(self._kinds))
+                self.plain[id(layer)] = Plain(plain_base, kept, kind)
         return self._sums[id(layer)]
 
     def check(self) -> None:
         """Forgets the stacks if any weight was replaced, moved or written to since they were made."""
-        for parameters, weight, version, place in self._watched:
-            if parameters.get("weight") is not weight or weight._version != version or weight.data_ptr() != place:
-                self._sums.clear()
-                self._plain.clear()
-                self._watched.clear()
-                return
+        is_same = all(map(is_, map(_WEIGHT, self._owners), self._weights))
+        is_same = is_same and list(map(_VERSION, self._weights)) == self._versions
+        if not (is_same and list(map(Tensor.data_ptr, self._weights)) == self._places):
+            for kept in (self.plain, self._sums, self._owners, self._weights, self._versions, self._places):
+                kept.clear()
 
 
 def only_known_code(model: nn.Module, options: Mapping[str, Any]) -> bool:

@@ -90,6 +90,14 @@ class Mixture:
             self._spreads[-1] = Spread(weights, shape, self._layouts)
         return self._spreads[-1]
 
+    def pass_spread(self, x: Tensor) -> Spread | None:
+        """The spread of the pass over an input x (B, S, in); None unless all layers have the same weights."""
+        known = self._spreads[-1] if self._spreads else None
+        if known is not None and known.shape == x.shape[:2]:
+            return known
+        route = self.route
+        return self.spread(route, x.shape[:2]) if isinstance(route, Tensor) and route.dim() == 3 else None
+
     @contextmanager
     def using(self, route: Route) -> Iterator[None]:
         self.enter(route)
@@ -143,11 +151,12 @@ class RoutedLinear(LoraLinear):
 
     def forward(self, x: Tensor, *args: object, **kwargs: object) -> Tensor:
         """x: (B, S, in) -> (B, S, out), mixed as the model's Mixture says."""
+        if self.mixture.held is not None and not (torch.is_grad_enabled() or torch.compiler.is_compiling()):
+            plain = self.mixture.held.plain.get(id(self))
+            spread = None if plain is None else self.mixture.pass_spread(x)
+            if spread is not None:
+                return plain.mixed(x, spread)
         route = self.mixture.route
-        if self.mixture.held is not None and isinstance(route, Tensor) and route.dim() == 3 and not torch.is_grad_enabled():
-            sums = self.mixture.held.plain_sums_of(self)
-            if sums is not None and x.dtype == sums.dtype:
-                return self._add_stack(self.base_layer(x, *args, **kwargs), x, route.to(x.device), sums)
         if self.merged:
             raise RoutingError("an adapter is merged into the base weights; call unmerge_adapter() before routing")
         own_bias = getattr(self.get_base_layer(), "expert_bias", None) if self.lora_variant else None
@@ -251,13 +260,15 @@ class RoutedLinear(LoraLinear):
 
     def _sums(self, experts: list[tuple[int, str]]) -> Sums:
         if self.mixture.held is not None and not torch.is_grad_enabled():
-            return self.mixture.held.sums_of(self, lambda: self._sums_now(experts), is_plain=self._is_plain())
+            plain_base = self.base_layer if self._is_plain() else None
+            return self.mixture.held.sums_of(self, lambda: self._sums_now(experts), plain_base=plain_base)
         return self._sums_now(experts)
 
     def _is_plain(self) -> bool:
         """Whether the layer is its base, which nobody watches, and the sums of all its experts."""
         own = self.lora_variant or self.is_readout or self.mixture.shared is not None or any(self.lora_bias.values())
-        watched = type(self.base_layer) not in _FRESH or self.base_layer._forward_hooks
+        base = self.base_layer
+        watched = type(base) not in _FRESH or base._forward_hooks or base._forward_pre_hooks
         return not (own or watched or self.merged or self.disable_adapters or self.training)
 
     def _sums_now(self, experts: list[tuple[int, str]]) -> Sums:

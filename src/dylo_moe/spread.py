@@ -47,6 +47,7 @@ class Spread:
         self.weights = weights.to(torch.promote_types(weights.dtype, torch.float32))
         self.shape = shape
         self.choices: dict[tuple, bool] = {}  # dense or grouped, for the layers so far
+        self.plans: dict[int, Tensor | bool] = {}  # the factors for each kind of kept layer, False where grouped does less work
         self._layouts = layouts
         self._factors: dict[Signature, Tensor] = {}
         self._chunks: dict[Signature, list[Chunk]] = {}

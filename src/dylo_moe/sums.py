@@ -12,7 +12,7 @@ from dataclasses import dataclass, replace
 from functools import cached_property
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.nn import functional as F
 
 from dylo_moe.spread import Chunk, Signature, Spread
@@ -49,10 +49,14 @@ class Sums:
 
     def cheaper_grouped(self, spread: Spread) -> bool:
         """Whether the grouped way costs clearly less, by counted work."""
-        key = (self.signature, self._width, self.stack is None)
-        if key not in spread.choices:
-            spread.choices[key] = self._grouped_cost(spread) < _CLEARLY * self._dense_cost(spread)
-        return spread.choices[key]
+        if self.kind not in spread.choices:
+            spread.choices[self.kind] = self._grouped_cost(spread) < _CLEARLY * self._dense_cost(spread)
+        return spread.choices[self.kind]
+
+    @property
+    def kind(self) -> tuple:
+        """What the choice depends on, beside the weights."""
+        return self.signature, self._width, self.stack is None
 
     @cached_property
     def _width(self) -> int:
@@ -68,6 +72,45 @@ class Sums:
         products = sum((_SKINNY * count + _READ) * rank for count, rank in used) * self._width
         moves = 0 if spread.tokens == 1 else _MOVE * self._width * sum(count for count, _ in used)
         return products + moves + 2 * _CALL * len(used)
+
+
+class Plain:
+    """A layer that is its base, which nobody watches, and the kept stack of all its experts: the short way for few tokens.
+
+    Args:
+        base: a Linear or Conv1D without hooks, of the experts' dtype.
+        sums: with a stack.
+        kind: a number for all layers that make the same choice and have the same factors; comparing those in each layer takes
+            longer than a product.
+    """
+
+    def __init__(self, base: nn.Module, sums: Sums, kind: int) -> None:
+        self._base = base.forward
+        self._sums = sums
+        self._kind = kind
+        self._shrink, self._expand = sums.stack
+        self._dtype, self._rank, self._width = sums.dtype, self._shrink.shape[0], self._expand.shape[1]
+
+    def mixed(self, x: Tensor, spread: Spread) -> Tensor:
+        """x: (B, S, in) -> (B, S, out), without a graph."""
+        factors = spread.plans.get(self._kind)
+        if factors is None:
+            factors = spread.plans[self._kind] = self._plan(spread)
+        result = self._base(x)
+        if factors is False:
+            return add_grouped(result, x, spread, self._sums)
+        if result.dtype is not self._dtype:  # autocast
+            return add_dense(result, x, spread, self._sums)
+        hidden = F.linear(x, self._shrink).mul_(factors)
+        result.view(-1, self._width).addmm_(hidden.view(-1, self._rank), self._expand)
+        return result
+
+    def _plan(self, spread: Spread) -> Tensor | bool:
+        """The factors, or False where the grouped way costs less."""
+        device = self._shrink.device
+        if device.type == "cpu" and self._sums.cheaper_grouped(spread):
+            return False
+        return spread.factors(self._sums.signature).to(device)
 
 
 def add_dense(result: Tensor, x: Tensor, spread: Spread, sums: Sums, hidden: Tensor | None = None) -> Tensor:

@@ -49,6 +49,12 @@ def test_held_stacks_are_made_once_and_give_the_same(model, ids):
     assert model.mixture.held is None
 
 
+def test_held_stacks_under_autocast_give_the_same(model, ids):
+    with torch.autocast("cpu", torch.bfloat16):
+        got, wanted = logits(model.generate, ids), logits(model.causal_lm.generate, ids)
+    torch.testing.assert_close(got, wanted, rtol=0, atol=0)
+
+
 def in_place(model):
     with torch.no_grad():
         weight(model).mul_(-3)
