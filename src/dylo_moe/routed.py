@@ -259,7 +259,7 @@ class RoutedLinear(LoraLinear):
         return add_dense(result, x, spread, sums)
 
     def _sums(self, experts: list[tuple[int, str]]) -> Sums:
-        if self.mixture.held is not None and not torch.is_grad_enabled():
+        if self.mixture.held is not None and not (torch.is_grad_enabled() or torch.compiler.is_compiling()):
             plain_base = self.base_layer if self._is_plain() else None
             return self.mixture.held.sums_of(self, lambda: self._sums_now(experts), plain_base=plain_base)
         return self._sums_now(experts)

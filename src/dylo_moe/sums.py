@@ -9,7 +9,6 @@ Shapes: B batch, S sequence, T tokens, R sum of the experts' ranks, r one expert
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
-from functools import cached_property
 
 import torch
 from torch import Tensor, nn
@@ -39,7 +38,7 @@ class Sums:
     expands: list[Tensor]
     stack: tuple[Tensor, Tensor] | None = None
 
-    @cached_property
+    @property
     def dtype(self) -> torch.dtype:
         return self.shrinks[0].dtype
 
@@ -58,7 +57,7 @@ class Sums:
         """What the choice depends on, beside the weights."""
         return self.signature, self._width, self.stack is None
 
-    @cached_property
+    @property
     def _width(self) -> int:
         """in + out."""
         return self.shrinks[0].shape[1] + self.expands[0].shape[0]
