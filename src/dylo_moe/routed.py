@@ -151,7 +151,7 @@ class RoutedLinear(LoraLinear):
 
     def forward(self, x: Tensor, *args: object, **kwargs: object) -> Tensor:
         """x: (B, S, in) -> (B, S, out), mixed as the model's Mixture says."""
-        if self.mixture.held is not None and not (torch.is_grad_enabled() or torch.compiler.is_compiling()):
+        if self.mixture.held is not None and not torch.is_grad_enabled():
             plain = self.mixture.held.plain.get(id(self))
             spread = None if plain is None else self.mixture.pass_spread(x)
             if spread is not None:

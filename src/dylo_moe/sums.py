@@ -107,7 +107,7 @@ class Plain:
     def _plan(self, spread: Spread) -> Tensor | bool:
         """The factors, or False where the grouped way costs less."""
         device = self._shrink.device
-        if device.type == "cpu" and self._sums.cheaper_grouped(spread):
+        if device.type == "cpu" and not torch.compiler.is_compiling() and self._sums.cheaper_grouped(spread):
             return False
         return spread.factors(self._sums.signature).to(device)
 
