@@ -8,14 +8,13 @@ from __future__ import annotations
 
 import re
 import shlex
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
 import torch
 
-from dylo_moe.cli import main
+import dylo_moe.cli
+import harness.cli
 from harness.specimens.competence import Planted, plant
 
 DOCS = Path(__file__).resolve().parents[1] / "docs"
@@ -49,12 +48,12 @@ def run(words: list[str], planted: Planted) -> int:
     program, *options = [{"DIR": str(planted.checkpoint), "OUT": "out"}.get(word, word) for word in words]
     if program == "dylo-moe":
         try:
-            return main(options)
+            return dylo_moe.cli.main(options)
         except SystemExit as end:
             return int(end.code)
     assert program == "validate_moe_modifications"
     options += [] if "--only" in options else ["--only", "layer.equals_oracle"]
-    return subprocess.run([sys.executable, "-m", "harness.cli", *options], check=False, timeout=300).returncode
+    return harness.cli.main(options)
 
 
 @pytest.mark.parametrize("name", PAGES)

@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import json
 import re
-import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 
+from harness.cli import main
 from harness.specimens import write_base, write_checkpoint
 
 PAGE = Path(__file__).resolve().parents[2] / "docs" / "subjects.md"
@@ -25,27 +26,34 @@ def checkpoint(tmp_path_factory) -> Path:
     return write_checkpoint(root / "moe", write_base(root / "base", "llama"), num_experts=4)
 
 
-def judged(directory: Path, checkpoint: Path, source: str, only: str) -> tuple[int, dict[str, str]]:
-    """Exit code, and outcome by law."""
-    (directory / "my_moe.py").write_text(source)
-    command = [sys.executable, "-m", "harness.cli", "--subject", "my_moe:make", "--checkpoint", str(checkpoint), "--only", only]
-    done = subprocess.run(command, cwd=directory, capture_output=True, check=False)
-    verdict = json.loads((directory / "validation" / "verdict.json").read_text())
-    return done.returncode, {check["id"]: check["outcome"] for check in verdict["checkpoints"][0]["checks"]}
+@pytest.fixture
+def judged(tmp_path, checkpoint, monkeypatch) -> Callable[[str, str], tuple[int, dict[str, str]]]:
+    """judged(source, only) -> exit code, and outcome by law."""
+
+    def judge(source: str, only: str) -> tuple[int, dict[str, str]]:
+        (tmp_path / "my_moe.py").write_text(source)
+        code = main(["--subject", "my_moe:make", "--checkpoint", str(checkpoint), "--only", only])
+        verdict = json.loads((tmp_path / "validation" / "verdict.json").read_text())
+        return code, {check["id"]: check["outcome"] for check in verdict["checkpoints"][0]["checks"]}
+
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.syspath_prepend(tmp_path)
+    yield judge
+    sys.modules.pop("my_moe", None)  # the next test has another one
 
 
-def test_the_example_is_short_and_does_what_the_page_says(tmp_path, checkpoint):
+def test_the_example_is_short_and_does_what_the_page_says(judged):
     source = example()
     assert len(source.splitlines()) < 40
-    code, outcomes = judged(tmp_path, checkpoint, source, "model.*,equivalence.*,formats.bad_weights_refused")
+    code, outcomes = judged(source, "model.*,equivalence.*,formats.bad_weights_refused")
     assert outcomes.pop("formats.bad_weights_refused") == "fail"
     assert set(outcomes.values()) == {"pass", "not applicable"}, outcomes
     assert list(outcomes.values()).count("pass") >= 15
     assert code == 1
 
 
-def test_a_fault_in_the_example_is_found(tmp_path, checkpoint):
+def test_a_fault_in_the_example_is_found(judged):
     faulty = example().replace("enumerate(names)", "enumerate(names[::-1])")
     assert faulty != example()
     law = "model.routed_logits_equal_reference"
-    assert judged(tmp_path, checkpoint, faulty, law) == (1, {law: "fail"})
+    assert judged(faulty, law) == (1, {law: "fail"})
