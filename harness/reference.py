@@ -1,7 +1,7 @@
 """The judge's own model of a checkpoint in float64: what every implementation is compared with.
 
 Base model through transformers with eager attention, experts by the loop of harness/loop.py, routing weights by
-harness/oracles, every row alone and without its padding, no cache, no state. transformers computes the softmax of attention,
+harness/oracles, every text alone and without its padding, no cache, no state. transformers computes the softmax of attention,
 RMSNorm and the rotary angles of some families in float32 whatever the dtype; those stay, as part of the base model.
 
 B rows, S tokens, E experts, L routed layers, H hidden size, V vocabulary. Tensors in, NumPy float64 out, 0 at padding.
@@ -86,6 +86,11 @@ class Reference:
             weights = self._one_hot(ids, expert_id)
         return self._keep(("logits", ids, mask, weights), lambda: self._by_row(self._row_logits, ids, mask, weights))
 
+    def logits_by_expert(self, ids: Tensor) -> np.ndarray:
+        """(E, P, V) of one text, ids (P,): every expert alone, as the rows of one pass."""
+        rows = ids.cpu().expand(self.num_experts, -1)
+        return self._keep(("by expert", ids), lambda: self.model(rows, expert_id=torch.arange(self.num_experts)).logits.numpy())
+
     def base_logits(self, ids: Tensor, mask: Tensor | None = None) -> np.ndarray:
         """(B, S, V) with every expert and the shared adapter off."""
         return self._keep(("base", ids, mask), lambda: self._by_row(self._row_base_logits, ids, mask))
@@ -155,21 +160,19 @@ class Reference:
 
     def multi_pass_logits(self, ids: Tensor, mask: Tensor, weights: np.ndarray) -> np.ndarray:
         """DyLoRA-MoE's first generation: sum_e w_e f_e(ids), w (B, S, E) averaged over each row's tokens -> (B, S, V)."""
-        valid = mask.cpu().numpy()[..., None]
-        row_weights = (weights * valid).sum(axis=1) / valid.sum(axis=1)
-        passes = [self.logits(ids, mask, expert_id=expert) for expert in range(self.num_experts)]
-        return sum(row_weights[:, expert, None, None] * logits for expert, logits in enumerate(passes))
+        result = np.zeros((*ids.shape, self.model.config.vocab_size))
+        for row, valid in enumerate(mask.cpu().numpy().astype(bool)):
+            alone = self.logits_by_expert(ids[row].cpu()[torch.from_numpy(valid)])
+            result[row, valid] = np.tensordot(weights[row, valid].mean(axis=0), alone, axes=1)
+        return result
 
     def expert_losses(self, ids: Tensor) -> np.ndarray:
         """(E,): mean negative log-likelihood of one prompt, ids (P,), under each expert alone."""
-        passes = [self.logits(ids[None], expert_id=expert)[0] for expert in range(self.num_experts)]
-        return np.array([strategies.prompt_loss(logits, ids.cpu().numpy()) for logits in passes])
+        return np.array([strategies.prompt_loss(logits, ids.cpu().numpy()) for logits in self.logits_by_expert(ids)])
 
     def ensemble_probabilities(self, ids: Tensor) -> np.ndarray:
         """(V,): next-token distribution after ids (P,) of the uniform mixture of the experts."""
-        return strategies.ensemble_distribution(
-            np.stack([self.logits(ids[None], expert_id=expert)[0, -1] for expert in range(self.num_experts)])
-        )
+        return strategies.ensemble_distribution(self.logits_by_expert(ids)[:, -1])
 
     def greedy(
         self, ids: Tensor, steps: int, score: Callable[[Tensor], np.ndarray] | None = None
