@@ -1,6 +1,8 @@
-"""Program of the child process that reads pickles: `pickle_child.py SCRATCH FILE...`. Imports nothing of the package.
+"""Program of the child process that reads pickles, started by pickle_reader.py. Imports nothing of the package.
 
-For FILE number n it writes SCRATCH/n.json, either {"refused": text} or {"tree": ..., "sha256": ...}, and SCRATCH/n.safetensors.
+A request is a line of JSON, [scratch, file, ...]; the answer is an empty line, when everything is written: for file number n
+scratch/n.json, either {"refused": text} or {"tree": ..., "sha256": ...}, and scratch/n.safetensors.
+Each request is answered by a fork of its own, which has read nothing before; so torch is imported once.
 A tree node is [kind, value] with kind "dict", "list", "tensor" (value: a key of the safetensors file) or "plain".
 """
 
@@ -10,8 +12,10 @@ import hashlib
 import io
 import json
 import math
+import os
 import pickle
 import resource
+import select
 import struct
 import sys
 import zipfile
@@ -19,6 +23,8 @@ from pathlib import Path
 
 import torch
 
+# How long a reader that is asked nothing stays.
+IDLE_SECONDS = 60.0
 # Besides three times the file: buffers of the reader and of the allocator.
 SPARE_BYTES = 256 * 2**20
 MAX_DEPTH = 16
@@ -43,8 +49,39 @@ class Refused(Exception):
     """The file holds something that is not a tree of tensors and plain values."""
 
 
-def main(scratch: Path, files: list[Path]) -> None:
+def serve() -> None:
+    """Answers requests until there are none any more."""
     torch.set_num_threads(1)
+    requests = os.fdopen(0, "rb", buffering=0)  # unbuffered: what is not read yet can be waited for
+    while select.select([requests], [], [], IDLE_SECONDS)[0]:
+        line = requests.readline()
+        if not line:
+            break
+        scratch, *files = map(Path, json.loads(line))
+        _apart(scratch, files)
+        os.write(1, b"\n")
+
+
+def _apart(scratch: Path, files: list[Path]) -> None:
+    """In a fork without the pipes. Where torch does not survive a fork, which is certain on Linux only, the last request of this
+    process."""
+    if sys.platform != "linux":
+        main(scratch, files)
+        os.write(1, b"\n")
+        sys.exit()
+    child = os.fork()
+    if child == 0:
+        try:
+            nowhere = os.open(os.devnull, os.O_RDWR)
+            for pipe in (0, 1):
+                os.dup2(nowhere, pipe)
+            main(scratch, files)
+        finally:
+            os._exit(0)
+    os.waitpid(child, 0)
+
+
+def main(scratch: Path, files: list[Path]) -> None:
     before = _address_space()
     for number, file in enumerate(files):
         limit = before + 3 * file.stat().st_size + SPARE_BYTES
@@ -132,4 +169,4 @@ def _first_line(error: BaseException) -> str:
 
 
 if __name__ == "__main__":
-    main(Path(sys.argv[1]), [Path(argument) for argument in sys.argv[2:]])
+    serve()

@@ -7,9 +7,6 @@ time are limited by the size of the file.
 from __future__ import annotations
 
 import json
-import os
-import subprocess
-import sys
 import tempfile
 from collections.abc import Mapping
 from pathlib import Path
@@ -18,12 +15,12 @@ from typing import Any
 from torch import Tensor
 
 from dylo_moe.errors import UnreadableFile
+from dylo_moe.formats.pickle_reader import READER
 from dylo_moe.formats.safetensors_file import load_tensors
 
 # Nested dict with str keys; leaves are tensors, numbers, text, None or lists of those.
 PickleTree = dict[str, Any]
 
-_CHILD = Path(__file__).with_name("pickle_child.py")
 # Reading takes seconds per gigabyte; importing torch some seconds on a busy machine.
 BASE_SECONDS = 120.0
 SECONDS_PER_BYTE = 30e-9
@@ -42,13 +39,10 @@ def convert_pickles(paths: Mapping[Path, Path]) -> dict[Path, tuple[PickleTree, 
 
 
 def run_child(files: list[Path], scratch: Path, seconds: float) -> None:
-    """Start pickle_child.py on the files; what it finds is in `scratch`. UnreadableFile when it takes too long."""
-    # TORCH_* variables can switch weights_only off; the child gets none of them.
-    environment = {key: value for key, value in os.environ.items() if not key.startswith("TORCH")}
-    command = [sys.executable, "-I", str(_CHILD), str(scratch), *map(str, files)]
+    """Have the reader read the files; what it finds is in `scratch`. UnreadableFile when it takes too long."""
     try:
-        subprocess.run(command, env=environment, timeout=seconds, stdin=subprocess.DEVNULL, capture_output=True, check=False)
-    except subprocess.TimeoutExpired as error:
+        READER.read(files, scratch, seconds)
+    except TimeoutError as error:
         found = f"a file that takes more than {seconds:.0f} s to read"
         raise UnreadableFile(files[0], "", found=found, expected="a PyTorch file of tensors") from error
 
