@@ -23,6 +23,7 @@ class Cell:
         ours, other: what is timed, in pairs.
         count: in place of the two, a ratio of counted bytes or operations, which needs one measurement only.
         tags: shape and settings, for the pictures.
+        note: what else was found, in a few words.
     """
 
     group: str
@@ -34,6 +35,7 @@ class Cell:
     other: Work | None = None
     count: Callable[[], float] | None = None
     tags: dict[str, object] = field(default_factory=dict)
+    note: str = ""
 
     def measured(self, *, pairs: int, threads: int, seed: int = 0) -> Result:
         if self.count is not None:

@@ -64,7 +64,8 @@ def _table(cells: Iterable[dict]) -> list[str]:
         limit = "" if fact["limit"] is None else f"{fact['limit']:.3f}"
         goal = f"{'at least' if fact['at_least'] else 'at most'} {fact['goal']:.3f}"
         verdict = ("reached" if fact["reached"] else "**missed**") + ("" if fact["sure"] else ", unsure")
-        lines.append(f"| {cell['name']} | {fact['ratio']:.3f} | {bounds} | {limit} | {goal} | {verdict} |")
+        note = f" ({fact['note']})" if fact.get("note") else ""  # cells that were kept earlier have none
+        lines.append(f"| {cell['name']}{note} | {fact['ratio']:.3f} | {bounds} | {limit} | {goal} | {verdict} |")
     return lines
 
 

@@ -76,6 +76,7 @@ def _benchmark(result: Result, facts: dict) -> dict:
             "sure": result.sure,
             "ratios": [ours / other for ours, other in result.times],
             "tags": cell.tags,
+            "note": cell.note,
             **facts,
         },
         "options": {"timer": "process_time", "min_rounds": len(result.times)},

@@ -86,8 +86,9 @@ def _measure(cell: Cell, options: Namespace) -> Result:
     limit = "" if cell.limit is None else f", limit {cell.limit:.3f}"
     spread = f"{result.ratio:.3f} ({result.low:.3f} to {result.high:.3f})"
     goal = f"goal {'>=' if cell.at_least else '<='} {cell.goal:.3f}{limit}"
+    note = f"; {cell.note}" if cell.note else ""
     took = f"{time.perf_counter() - start:.0f} s, load {os.getloadavg()[0]:.1f}"
-    print(f"{verdict:8}{cell.group}: {cell.name}: {spread}; {goal}; {took}", flush=True)
+    print(f"{verdict:8}{cell.group}: {cell.name}: {spread}; {goal}{note}; {took}", flush=True)
     return result
 
 

@@ -26,7 +26,8 @@ LAYERS = {256: 2, 512: 6, 1024: 3, 2048: 2}
 
 @dataclass(frozen=True)
 class Shape:
-    """top_k: experts per token; None for dense weights. targets: "attention" or "all-linear"."""
+    """top_k: experts per token; None for dense weights. targets: "attention" or "all-linear". alpha: of every expert; small, and
+    the routed model predicts what the base does."""
 
     hidden: int = 1024
     targets: str = "attention"
@@ -35,6 +36,7 @@ class Shape:
     features: str = "embedding"
     dtype: str = "float32"
     longest: int = 2048
+    alpha: int = 2 * RANK
 
     @property
     def active(self) -> int:
@@ -106,7 +108,7 @@ class Models:
 
 def write_models(directory: Path, shape: Shape) -> Models:
     base, top_k = _write_base(directory / "base", shape), shape.active
-    options = {"targets": shape.targets, "ranks": (RANK,), "alphas": (2 * RANK,), "num_experts": shape.experts}
+    options = {"targets": shape.targets, "ranks": (RANK,), "alphas": (shape.alpha,), "num_experts": shape.experts}
     checkpoint = write_checkpoint(directory / "moe", base, features=shape.features, top_k=top_k, dtype=shape.dtype, **options)
     return Models(shape, base, checkpoint)
 

@@ -116,6 +116,13 @@ class DyLoRA_MoE(nn.Module):
         its own; one-hot when an expert was named; None before the first pass. During generation: of the last step."""
         return self.routing.last_weights
 
+    @property
+    def last_guesses(self) -> tuple[int, int] | None:
+        """Of the last generation whose router needed a pass of its own: steps for which that pass ran ahead on a guessed token,
+        and how many guesses were right. None before the first one."""
+        guesses = self.routing.guesses
+        return None if guesses is None else (guesses.made, guesses.right)
+
     def routed_layers(self) -> dict[str, RoutedLinear]:
         """The routed layers in module order, by their name in the base model."""
         return {n: m for n, m in self.causal_lm.named_modules() if isinstance(m, RoutedLinear)}

@@ -6,22 +6,27 @@ import inspect
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from enum import Enum
+from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor, nn
-from transformers import DynamicCache, PreTrainedModel
+from transformers import Cache, DynamicCache, PreTrainedModel
 
 from dylo_moe.caches import feature_half
 from dylo_moe.errors import RoutingError
 from dylo_moe.formats.checkpoint import ROUTER_FEATURES
+from dylo_moe.guessing import Guesses
 from dylo_moe.held import Held, only_known_code
+from dylo_moe.pair_cost import PairCost
 from dylo_moe.routed import Mixture, Route, RoutedCheckpoint
 from dylo_moe.row_routes import RowRoutes
 
 # What only the full model understands; the decoder below its head gets the rest.
 _HEAD_ARGUMENTS = ("labels", "logits_to_keep", "num_items_in_batch", "return_dict")
 _RECORDING_ARGUMENTS = ("output_hidden_states", "output_attentions", "output_router_logits")
+# Features that a pass of their own makes -> the weight of every expert in it.
+_FEATURE_WEIGHTS = {"base": 0.0, "all_experts": 1.0}
 
 
 class Off(Enum):
@@ -44,6 +49,11 @@ class Routing:
         mixture: shared with the routed layers.
         router: maps (B, S, hidden) to (B, S, E); None when every pass names its weights or expert.
         features: one of ROUTER_FEATURES.
+
+    Attributes:
+        last_weights: of the last pass, detached.
+        pair_cost: says when a generation guesses tokens ahead (see guessing.py); None: never.
+        guesses: of the last generation with features that take a pass of their own.
     """
 
     def __init__(self, causal_lm: PreTrainedModel, mixture: Mixture, router: nn.Module | None, features: str) -> None:
@@ -53,7 +63,10 @@ class Routing:
         self.mixture = mixture
         self.router = router
         self.features = features
-        self.last_weights: Tensor | None = None  # of the last pass, detached
+        self.last_weights: Tensor | None = None
+        self.pair_cost: PairCost | None = PairCost(causal_lm)
+        self.guesses: Guesses | None = None
+        self._is_guessing = False
         self._routed_by_router = False
         self._recordings: list[list[Tensor]] = []
         self._takes_positions = "position_ids" in inspect.signature(causal_lm.forward).parameters
@@ -90,16 +103,29 @@ class Routing:
 
     @contextmanager
     def holding(self, model: nn.Module, options: Mapping[str, Any]) -> Iterator[None]:
-        """Around a generation with these options: stacks of experts are kept from step to step, if only known code runs in it.
+        """Around a generation with these options: stacks of experts are kept from step to step, and tokens are guessed ahead, if
+        only known code runs in it.
 
         model: all modules that take part.
         """
-        previous = self.mixture.held
+        previous, was_guessing = self.mixture.held, self._is_guessing
         self.mixture.held = Held() if only_known_code(model, options) else None
+        self._is_guessing = self.mixture.held is not None and self._start_guessing()
         try:
             yield
         finally:
-            self.mixture.held = previous
+            if self._is_guessing:
+                self.guesses.finish()
+            self.mixture.held, self._is_guessing = previous, was_guessing
+
+    def _start_guessing(self) -> bool:
+        weight = _FEATURE_WEIGHTS.get(self.features)
+        if weight is None or self.router is None or self.pair_cost is None or not self._takes_positions:
+            return False
+        if self.mixture.shared is not None and weight == 0:  # rows of weight 0 would still have the shared adapter
+            return False
+        self.guesses = Guesses(self.causal_lm, self.mixture, weight, self.pair_cost)
+        return True
 
     @contextmanager
     def recording(self) -> Iterator[list[Tensor]]:
@@ -137,8 +163,12 @@ class Routing:
         route = self._route(given, kwargs, rows, length)
         if not isinstance(route, nn.Module):  # per-layer weights are known when the pass is over
             self._note(self._as_weights(route, rows, length))
-        self.mixture.enter(route)
+        self.mixture.enter(self.guesses.widened(route, kwargs) if self._guesses_here else route)
         return (), kwargs
+
+    @property
+    def _guesses_here(self) -> bool:
+        return self._is_guessing and self._routed_by_router and not torch.compiler.is_compiling()
 
     def _route(self, given: Forced, kwargs: dict[str, Any], rows: int, length: int) -> Route:
         if given is None:
@@ -150,14 +180,15 @@ class Routing:
             return routes.gates(self.router)
         return routes.fill(self._router_route(routes.of_routed_rows(kwargs)))
 
-    def _after(self, module: nn.Module, args: tuple, output: object) -> None:
+    def _after(self, module: nn.Module, args: tuple, output: object) -> object:
         if not self.mixture.active:  # the pre-hook itself refused
-            return
+            return output
         route = self.mixture.route
         self.mixture.leave()
         if isinstance(route, nn.Module) and self.mixture.layer_weights:
             by_layer, self.mixture.layer_weights = self.mixture.layer_weights, {}
             self._note(torch.stack([by_layer[index] for index in sorted(by_layer)], dim=2))
+        return self.guesses.narrowed(output) if self._guesses_here else output
 
     def _note(self, weights: Tensor) -> None:
         self.last_weights = weights.detach()
@@ -229,14 +260,23 @@ class Routing:
 
         Without gradient, as in X-LoRA: the base is frozen, and the router learns through its own gate.
         """
+        cache = self._cache(kwargs)
+        if cache is None:
+            return self._feature_pass(kwargs, None)
+        kwargs["past_key_values"] = cache
+        half = feature_half(cache, self.causal_lm.config.num_hidden_layers)
+        if self._guesses_here:
+            return self.guesses.features(kwargs, half, partial(self._feature_pass, kwargs))
+        return self._feature_pass(kwargs, half)
+
+    def _feature_pass(self, kwargs: dict[str, Any], cache: Cache | None) -> Tensor:
+        """cache: for this pass; None to keep nothing."""
         ignored = (*_HEAD_ARGUMENTS, *_RECORDING_ARGUMENTS, "past_key_values")
         arguments = {name: value for name, value in kwargs.items() if name not in ignored}
-        cache = self._cache(kwargs)
-        if cache is not None:
-            kwargs["past_key_values"] = cache
-            arguments["past_key_values"] = feature_half(cache, self.causal_lm.config.num_hidden_layers)
-        else:
+        if cache is None:
             arguments["use_cache"] = False
+        else:
+            arguments["past_key_values"] = cache
         route = None
         if self.features == "all_experts":
             route = torch.ones(1, 1, self.mixture.num_experts, device=self.causal_lm.device)

@@ -26,6 +26,15 @@ class RoomyLayer(DynamicLayer):
         super().__init__()
         self._room: tuple[Tensor, Tensor] | None = None
 
+    @classmethod
+    def over(cls, keys: Tensor, values: Tensor, length: int) -> RoomyLayer:
+        """A layer whose room is there already, (rows, heads, columns, width), with `length` columns in use."""
+        layer = cls()
+        layer.lazy_initialization(keys, values)
+        layer._room = keys, values
+        layer.keys, layer.values = (room[..., :length, :] for room in layer._room)
+        return layer
+
     def update(self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
         """key_states, value_states: (rows, heads, new, width) -> all of them so far, (rows, heads, length, width)."""
         if not self.is_initialized:

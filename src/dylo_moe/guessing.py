@@ -1,0 +1,199 @@
+"""Two passes for about the price of one: beside a token's routed pass, the feature pass of a guessed next token runs as other
+rows of the same batch. The guess is what the feature pass itself predicts.
+
+Where the guess was right, the next token's routed pass can begin at once; where it was wrong, that token's feature pass runs
+first, as it does without guesses. So no token depends on a guess, beyond the rounding of a batch of another size.
+
+Shapes: B rows of the batch, V vocabulary, H hidden size.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.utils.hooks import RemovableHandle
+from transformers import Cache, PreTrainedModel
+
+from dylo_moe.pair_cost import PairCost
+from dylo_moe.paired_cache import PairedCache, can_pair
+from dylo_moe.routed import Mixture
+
+# What a step may have been given; with anything else it runs in two passes.
+_INPUTS = {"input_ids", "attention_mask", "position_ids", "past_key_values", "use_cache", "return_dict", "logits_to_keep"}
+
+# How fast the chance of a right guess follows what happens, and how fast it grows again where nothing is guessed: then one step
+# in a dozen is tried.
+_FIRST_CHANCE = 0.9
+_FOLLOWS = 0.1
+_RECOVERS = 0.002
+
+
+@dataclass(frozen=True)
+class Guess:
+    """The next step as it may come: ids (B, 1), positions (B or 1, 1), mask (B, columns), None where nothing is masked.
+
+    features (B, 1, H), logits (B, V): what its feature pass has found, when it has run.
+    """
+
+    ids: Tensor
+    positions: Tensor
+    mask: Tensor | None
+    features: Tensor | None = None
+    logits: Tensor | None = None
+
+    def is_right(self, step: dict[str, Any]) -> Tensor:
+        """For each row, (B,)."""
+        same = ((self.ids == step["input_ids"]) & (self.positions == step["position_ids"]))[:, 0]
+        mask = step.get("attention_mask")
+        if self.mask is None or mask is None:
+            return same & (self.mask is mask)
+        return same & (self.mask == mask).all(dim=1)
+
+
+class Guesses:
+    """Those of one generation, in which nobody changes a weight between two steps.
+
+    Args:
+        causal_lm: the model whose steps these are.
+        mixture: what its layers mix.
+        weight: of every expert in the feature pass, 0 or 1.
+        cost: says when guesses pay.
+
+    Attributes:
+        made, right: steps that were guessed, for all rows of the batch together, and those that came as guessed.
+    """
+
+    def __init__(self, causal_lm: PreTrainedModel, mixture: Mixture, weight: float, cost: PairCost) -> None:
+        self.made = self.right = 0
+        self._causal_lm = causal_lm
+        self._mixture = mixture
+        self._weight = weight
+        self._cost = cost
+        self._chance = _FIRST_CHANCE
+        self._paired: PairedCache | None = None
+        self._expected: Guess | None = None  # this step, as the last one guessed it
+        self._planned: Guess | None = None  # the next step, to be run beside this one
+        self._last_ids: Tensor | None = None
+        self._filled: Tensor | None = None  # which rows have ended, (B, 1)
+        self._caught: list[Tensor] = []
+        self._catching: RemovableHandle | None = None
+        self._is_over = False  # somebody else works on the cache
+
+    def features(self, step: dict[str, Any], half: Cache, run: Callable[[Cache], Tensor]) -> Tensor:
+        """Features of this step's tokens, (B, 1, H): the guess's where it was right, else of a pass.
+
+        Args:
+            step: arguments of the forward pass, with its cache.
+            half: the cache of a feature pass without guesses.
+            run: the feature pass of this step, with such a cache.
+        """
+        expected, self._expected, self._planned = self._expected, None, None
+        if not self._can_guess(step, int(half.get_seq_length())):
+            self._paired = None
+            return run(half)
+        right = None if expected is None else expected.is_right(step)
+        is_right = right is not None and self._count(bool(right.all()))
+        pays = self._cost.pays(len(step["input_ids"]), self._chance)
+        if not is_right and not pays:
+            self._chance = min(1.0, self._chance + _RECOVERS)
+            self._paired = None
+            return run(half)
+        if self._paired is None:
+            self._paired = PairedCache(step["past_key_values"])
+        features = expected.features if is_right else run(self._paired.feature_rows())
+        self._paired.show_features()
+        if pays:
+            logits = expected.logits if is_right else self._logits(features)
+            self._planned = self._guess(step, logits, right)
+        else:
+            self._paired = None
+        return features
+
+    def widened(self, weights: Tensor, step: dict[str, Any]) -> Tensor:
+        """The weights of this step's routed rows, (B, 1, ...), and below them those of the guess, which joins the step."""
+        guess = self._planned
+        if guess is None:
+            return weights
+        ids, masks = step["input_ids"], (step.get("attention_mask"), guess.mask)
+        if guess.mask is None:
+            masks = ids.new_ones(len(ids), self._paired.length + 1), ids.new_ones(len(ids), self._paired.length + 2)
+        step["input_ids"] = torch.cat([ids, guess.ids])
+        step["position_ids"] = torch.cat([step["position_ids"].expand_as(ids), guess.positions.expand_as(ids)])
+        step["attention_mask"] = torch.cat([nn.functional.pad(masks[0], (1, 0)), masks[1]])
+        step["past_key_values"] = self._paired.both_rows()
+        self._catching = self._causal_lm.base_model.register_forward_hook(self._catch)
+        return torch.cat([weights, torch.full_like(weights, self._weight)])
+
+    def narrowed(self, output: Any) -> Any:
+        """What the step's own rows gave; what the guess gave is kept. output: of the pass, None if it failed."""
+        if self._catching is None:
+            return output
+        self._catching.remove()
+        self._catching = None
+        guess, caught = self._planned, self._caught.pop() if self._caught else None
+        self._planned = None
+        if output is None:
+            return None
+        rows = len(guess.ids)
+        self._paired.show_routed()
+        self._expected = replace(guess, features=caught[rows:], logits=output.logits[rows:, -1])
+        output.logits, output.past_key_values = output.logits[:rows], self._paired.cache
+        return output
+
+    def finish(self) -> None:
+        """Lets go of the cache; the counts stay."""
+        self._paired = self._expected = self._planned = self._last_ids = self._filled = None
+        self._is_over = True
+
+    def _can_guess(self, step: dict[str, Any], length: int) -> bool:
+        """length: tokens in the cache."""
+        cache, ids, mask = step["past_key_values"], step.get("input_ids"), step.get("attention_mask")
+        if self._paired is not None and not self._paired.is_intact(cache):
+            self._is_over = True
+        if self._is_over or self._causal_lm.training or self._causal_lm.get_output_embeddings() is None:
+            return False
+        if torch.is_grad_enabled() or torch.is_inference_mode_enabled() or torch.compiler.is_compiling():
+            return False
+        if any(value is not None and value is not False for name, value in step.items() if name not in _INPUTS):
+            return False
+        if step.get("return_dict") is False or not isinstance(step.get("logits_to_keep", 0), int):
+            return False
+        if not isinstance(ids, Tensor) or ids.shape[1] != 1 or step.get("position_ids") is None:
+            return False
+        if step["position_ids"].shape not in (ids.shape, (1, 1)):
+            return False
+        if mask is not None and (not isinstance(mask, Tensor) or mask.shape != (len(ids), length + 1)):
+            return False
+        return self._paired is not None or can_pair(cache)
+
+    def _count(self, is_right: bool) -> bool:
+        self.made += 1
+        self.right += is_right
+        self._chance += _FOLLOWS * (is_right - self._chance)
+        return is_right
+
+    def _logits(self, features: Tensor) -> Tensor:
+        """What the feature pass predicts; features: (B, 1, H) -> (B, V)."""
+        everyone = torch.full((1, 1, self._mixture.num_experts), self._weight, device=features.device)
+        with self._mixture.using(everyone if self._weight else None):
+            return self._causal_lm.get_output_embeddings()(features)[:, -1]
+
+    def _guess(self, step: dict[str, Any], logits: Tensor, right: Tensor | None) -> Guess:
+        """right: which rows of this step were guessed rightly, (B,); None where there was no guess."""
+        now, ids = step["input_ids"], logits.argmax(dim=-1, keepdim=True).to(step["input_ids"].device)
+        if right is None:
+            self._filled = torch.zeros_like(now, dtype=torch.bool)
+        else:  # a row that repeats a token against the prediction has ended, and is filled up
+            self._filled = (now == self._last_ids) & (self._filled | ~right[:, None])
+            ids = torch.where(self._filled, now, ids)
+        self._last_ids = now
+        mask = step.get("attention_mask")
+        mask = None if mask is None else nn.functional.pad(mask, (0, 1), value=1)
+        return Guess(ids, step["position_ids"] + 1, mask)
+
+    def _catch(self, module: nn.Module, args: tuple, output: Any) -> None:
+        self._caught.append(output.last_hidden_state)
