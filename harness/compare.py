@@ -200,8 +200,15 @@ def record(comparison: Comparison) -> None:
         ledger.append(comparison)
 
 
+def is_of_torchao(value: object) -> bool:
+    """Whether it is one of torchao's tensors, which looks like a plain one, but is packed: the only kind with such a list."""
+    return hasattr(value, "tensor_data_names")
+
+
 def as_float64(value: object) -> np.ndarray:
     """A tensor on any device, an array or a number, as a float64 array."""
+    if is_of_torchao(value):
+        value = value.dequantize()
     if isinstance(value, torch.Tensor):
         return value.detach().to(device="cpu", dtype=torch.float64).numpy()
     return np.asarray(value, dtype=np.float64)

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from harness.bench import Bench
-from harness.compare import UNIT_ROUNDOFF, as_float64, assert_within, dot_bound, twice_the_loop
+from harness.compare import UNIT_ROUNDOFF, as_float64, assert_within, dot_bound, is_of_torchao, twice_the_loop
 from harness.oracles import mixture
 from harness.outcome import NotApplicable
 from harness.workings import Workings, workings
@@ -193,7 +193,8 @@ def check_gradients_equal_oracle(bench: Bench) -> None:
 
 def _need_plain_base(w: Workings) -> None:
     layers = w.need_method(w.model, "routed_layers")().values()
-    if any(not layer.base_layer.weight.is_floating_point() for layer in layers):
+    weights = [getattr(layer.base_layer, "weight", None) for layer in layers]
+    if any(weight is None or is_of_torchao(weight) or not weight.is_floating_point() for weight in weights):
         raise NotApplicable("the base layer is quantised: its kernel decides what is rounded where")
 
 

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from harness.artifact import Adapter, load_base, versions_of
 from harness.bench import Bench
-from harness.compare import assert_within
+from harness.compare import assert_within, is_of_torchao
 from harness.measure import PairedRatio, PairedTimer, assert_ratio_at_most, counted_flops
 from harness.outcome import NotApplicable
 
@@ -78,7 +78,7 @@ def check_cached_generation_work(bench: Bench) -> None:
     Tolerance: the base model's counted operations with its cache, times passes and experts, times decode_work_slack.
     """
     case = _cached_case(bench)
-    if not all(p.is_floating_point() for p in case.base.parameters()):
+    if not all(p.is_floating_point() and not is_of_torchao(p) for p in case.base.parameters()):
         raise NotApplicable("the base is quantised: its kernels for one token at a time are not counted")
     base = counted_flops(case.base_generation)
     limit = base * case.work_limit() / case.base_flops * bench.gate.threshold("decode_work_slack")

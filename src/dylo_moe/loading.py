@@ -138,6 +138,9 @@ def _check_given(checkpoint: Checkpoint, model: PreTrainedModel) -> None:
             " give the directory of its configuration, or nothing"
         )
     shapes = {name: tuple(parameter.shape) for name, parameter in model.named_parameters(remove_duplicate=False)}
+    for name, module in model.named_modules():  # what is packed, and is named otherwise by some packages
+        if isinstance(getattr(module, "in_features", None), int) and isinstance(getattr(module, "out_features", None), int):
+            shapes[f"{name}.weight"] = (module.out_features, module.in_features)
     base = BaseModel(Path("the given base_model"), model.config.to_dict(), shapes)
     check_fit(base, checkpoint.adapters, checkpoint.router)
 

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import importlib.util
 from pathlib import Path
 
 import pytest
 import torch
-from transformers import AutoModelForCausalLM, AutoTokenizer, BitsAndBytesConfig
+from transformers import AutoModelForCausalLM, AutoTokenizer, BitsAndBytesConfig, TorchAoConfig
 
 from fixtures.faults import FaultySubject
 from fixtures.laws import judge
@@ -46,6 +47,20 @@ def test_a_correct_subject_raises_no_alarm(checkpoint, law):
 def test_laws_about_digits_and_counts_that_the_kernel_decides_do_not_apply(checkpoint, law):
     found, message = judge(bench(checkpoint, find_subject("dylo-moe")), law)
     assert found == outcome.NOT_APPLICABLE and "quantised" in message
+
+
+def test_a_base_of_torchao_is_judged_by_what_its_numbers_stand_for(checkpoint, tmp_path):
+    if importlib.util.find_spec("torchao") is None:
+        pytest.skip("the package torchao is not installed")
+    from torchao.quantization import Int8WeightOnlyConfig
+
+    base, config = checkpoint[1].parent / "base", TorchAoConfig(Int8WeightOnlyConfig())
+    AutoModelForCausalLM.from_pretrained(base, quantization_config=config).save_pretrained(tmp_path)
+    place = (checkpoint[0], tmp_path)
+    for law in ("layer.equals_oracle", "model.routed_logits_equal_reference", "model.detach_restores_base"):
+        found, message = judge(bench(place, find_subject("dylo-moe")), law)
+        assert found == outcome.PASS, message
+    assert judge(bench(place, FaultySubject(scale_doubled)), "layer.equals_oracle")[0] == outcome.FAIL
 
 
 def scale_doubled(model: torch.nn.Module) -> None:

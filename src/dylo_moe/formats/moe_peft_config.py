@@ -85,7 +85,7 @@ def _strategy(data: Mapping[str, Any], kind: str, path: Path) -> str:
         raise InvalidField(path, "task_type", found=repr(task)[:80], expected=expected)
     strategy = data.get("routing_strategy")
     if strategy == "mixlora-switch" and kind == MIXLORA:
-        expected = "mixlora or mixlora-dynamic: in inference MoE-PEFT throws the switch experts' result away, so nothing to equal"
+        expected = "mixlora or mixlora-dynamic: MoE-PEFT trains switch experts, but in inference each MLP only hands its input on"
         raise InvalidField(path, "routing_strategy", found=repr(strategy), expected=expected)
     known = ("mixlora", "mixlora-dynamic", LEGACY_STRATEGY) if kind == MIXLORA else (kind.lower(),)
     if strategy not in known:

@@ -192,7 +192,7 @@ def test_defective_tensors_are_refused_by_name(write, change, kind, word):
 
 
 CONFIG_DEFECTS = {
-    "switch": ({"routing_strategy": "mixlora-switch"}, "throws the switch experts' result away"),
+    "switch": ({"routing_strategy": "mixlora-switch"}, "each MLP only hands its input on"),
     "unknown strategy": ({"routing_strategy": "mixlora-static"}, "routing_strategy"),
     "no strategy": ({"routing_strategy": None}, "routing_strategy"),
     "strategy of another type": ({"routing_strategy": "mola"}, "routing_strategy"),
