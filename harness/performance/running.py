@@ -11,7 +11,7 @@ from pathlib import Path
 import torch
 
 from harness.measure import PairedRatio, PairedTimer, Work
-from harness.performance import forward, generation, record, training
+from harness.performance import forward, generation, loading, record, training
 from harness.performance.cells import Cell, Result
 
 GROUPS: dict[str, Callable[[bool], Iterator[Cell]]] = {
@@ -25,7 +25,7 @@ GROUPS: dict[str, Callable[[bool], Iterator[Cell]]] = {
     "at-once": generation.at_once,
     "step": training.steps,
     "memory": training.memory,
-    "loading": training.loading,
+    "loading": loading.loading,
     "growth": forward.growth,
 }
 # An A/A test: the same work twice. Its median has to be this near to 1, and 1 inside its interval or nearly so.

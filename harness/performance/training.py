@@ -1,4 +1,4 @@
-"""Cells of a training step, of memory and of loading, beside one adapter and several in stock PEFT."""
+"""Cells of a training step and of memory, beside one adapter, the base and the loop."""
 
 from __future__ import annotations
 
@@ -10,7 +10,6 @@ from peft import PeftModel
 from torch import Tensor, nn
 from transformers import AutoModelForCausalLM
 
-from dylo_moe import load_checkpoint
 from harness.measure import peak_bytes
 from harness.performance.cells import Cell
 from harness.performance.shapes import Models, Shape, write_models
@@ -89,28 +88,3 @@ def memory(quick: bool) -> Iterator[Cell]:
                 return peak_bytes(lambda: models.routed_pass(ids)) / peak_bytes(lambda: alone.base_pass(ids))
 
             yield Cell("forward's peak bytes / one adapter's", shape.label, FORWARD_MEMORY, count=ratio, tags=shape.tags)
-
-
-def loading(quick: bool) -> Iterator[Cell]:
-    """load_checkpoint / stock PEFT loading the same base and adapters one after the other."""
-    for experts in (4,) if quick else (4, 16):
-        shape = Shape(512, experts=experts)
-        with TemporaryDirectory() as directory:
-            models = write_models(Path(directory), shape)
-
-            def stock(models: Models = models, experts: int = experts) -> None:
-                folder = models.checkpoint / "experts"
-                model = PeftModel.from_pretrained(
-                    AutoModelForCausalLM.from_pretrained(models.base_path), folder / "expert_0", "expert_0"
-                )
-                for expert in range(1, experts):
-                    model.load_adapter(folder / f"expert_{expert}", f"expert_{expert}")
-
-            yield Cell(
-                "load_checkpoint / stock PEFT",
-                shape.label,
-                1.0,
-                ours=lambda models=models: load_checkpoint(models.checkpoint),
-                other=stock,
-                tags=shape.tags,
-            )

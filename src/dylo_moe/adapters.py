@@ -9,6 +9,7 @@ from peft import LoraConfig, PeftModel, get_peft_model
 from peft.utils.other import ModulesToSaveWrapper
 from torch import Tensor
 from transformers import PreTrainedModel
+from transformers.initialization import no_init_weights
 from transformers.pytorch_utils import Conv1D
 
 from dylo_moe.errors import ShapeMismatch
@@ -24,7 +25,7 @@ def add_experts(base: PreTrainedModel, experts: tuple[Expert, ...]) -> PeftModel
     peft_model: PeftModel | None = None
     for expert in experts:
         config = _lora_config(expert, fan_in_fan_out=any(isinstance(module, Conv1D) for module in base.modules()))
-        with warnings.catch_warnings():
+        with warnings.catch_warnings(), no_init_weights():  # start values would be drawn to be overwritten
             # PEFT 0.21 reads a property that transformers 5.23 deprecates; no user of ours can do anything about it.
             warnings.filterwarnings("ignore", message="`is_gradient_checkpointing` is deprecated", category=FutureWarning)
             if peft_model is None:
