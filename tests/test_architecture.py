@@ -183,7 +183,8 @@ def wrong_owners(root: Path) -> list[str]:
     """The judged knows no judge, the judge knows no tests, and the judge sees the judged only through its public names."""
     found = []
     public = {"dylo_moe", "dylo_moe.errors", "dylo_moe.evalplus"}
-    for module, path in modules_of(root, "dylo_moe").items():
+    judged = modules_of(root, "dylo_moe")
+    for module, path in judged.items():
         outside = {name.split(".")[0] for name in imports_of(path, module)}
         found += [f"{module} imports {name}" for name in outside & {"harness", "fixtures", "tests"}]
     for module, path in modules_of(root, "harness").items():
@@ -191,8 +192,7 @@ def wrong_owners(root: Path) -> list[str]:
             if name.split(".")[0] in {"fixtures", "tests"}:
                 found.append(f"{module} imports {name}")
             home = name.rpartition(".")[0] if name not in public else name
-            is_module = name in modules_of(root, "dylo_moe")
-            if name.startswith("dylo_moe.") and name not in public and (is_module or home not in public):
+            if name.startswith("dylo_moe.") and name not in public and (name in judged or home not in public):
                 found.append(f"{module} imports {name}")
     return sorted(found)
 

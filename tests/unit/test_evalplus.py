@@ -304,21 +304,21 @@ def test_unknown_backend_is_what_evalplus_makes_of_it():
     assert make_model("m", "no such backend", "humaneval") is None
 
 
-STOCK = """
+STOCK_BEFORE_AND_AFTER_US = """
 import json, sys
+from pathlib import Path
 from evalplus.codegen import run_codegen
-print(run_codegen(**json.loads(sys.argv[1])))
-"""
-STOCK_AFTER_US = """
-import json, sys
+options = json.loads(sys.argv[1])
+root = Path(options.pop("root"))
+run_codegen(**options, root=str(root / "stock"))
+assert not [name for name in sys.modules if name.startswith("dylo_moe")]
 import dylo_moe.evalplus
 from evalplus.provider.utility import EOS
-options = json.loads(sys.argv[1])
 before = list(EOS)
 ours = dylo_moe.evalplus.make_model(options["model"], "peft_moe", "mbpp", dtype="float32", max_new_tokens=4)
 ours.codegen("x", do_sample=False, num_samples=1)
 assert EOS == before
-print(dylo_moe.evalplus.run_codegen(**options))
+dylo_moe.evalplus.run_codegen(**options, root=str(root / "after us"))
 """
 
 
@@ -329,12 +329,11 @@ def test_hf_backend_writes_the_same_with_and_without_us_and_we_write_the_same_as
     configuration["eos_token_id"] = list(range(0, 384, 9))  # keeps EvalPlus's 768 new tokens short
     (model / "generation_config.json").write_text(json.dumps(configuration))
     options = {"model": str(model), "dataset": "humaneval", "backend": "hf", "dtype": "float32", "greedy": True}
-    files = {}
-    for name, code in (("stock", STOCK), ("after us", STOCK_AFTER_US)):
-        command = [sys.executable, "-c", code, json.dumps({**options, "root": str(tmp_path / name)})]
-        done = subprocess.run(command, capture_output=True, text=True, timeout=200, env=dict(os.environ))
-        assert done.returncode == 0, done.stderr[-2000:]
-        files[name] = {p.relative_to(tmp_path / name): p.read_bytes() for p in (tmp_path / name).rglob("*.jsonl")}
+    command = [sys.executable, "-c", STOCK_BEFORE_AND_AFTER_US, json.dumps({**options, "root": str(tmp_path)})]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=200, env=dict(os.environ))
+    assert done.returncode == 0, done.stderr[-2000:]
+    places = {name: tmp_path / name for name in ("stock", "after us")}
+    files = {n: {path.relative_to(place): path.read_bytes() for path in place.rglob("*.jsonl")} for n, place in places.items()}
     assert len(files["stock"]) == 2
     assert files["stock"] == files["after us"]
     # Its later prompts may be cut short by the stop criteria of earlier ones, so only the first text is comparable.
