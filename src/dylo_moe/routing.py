@@ -122,6 +122,8 @@ class Routing:
         weight = _FEATURE_WEIGHTS.get(self.features)
         if weight is None or self.router is None or self.pair_cost is None or not self._takes_positions:
             return False
+        if self.needs_whole_pass:  # a token more in the pass would change every token's weights
+            return False
         if self.mixture.shared is not None and weight == 0:  # rows of weight 0 would still have the shared adapter
             return False
         self.guesses = Guesses(self.causal_lm, self.mixture, weight, self.pair_cost)

@@ -13,7 +13,7 @@ from fixtures.faults import Fault
 from fixtures.gated import draw
 from fixtures.laws import CHECKS, judge
 from fixtures.mola import write_mola
-from fixtures.router_faults import FAULTS
+from fixtures.router_faults import FAULTS, OVER_BATCH
 from fixtures.router_specimens import ALL_KINDS, write
 from harness import outcome
 from harness.bench import Bench
@@ -49,6 +49,15 @@ def routed(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Path]:
         return written[key]
 
     return made
+
+
+def test_laws_of_a_token_alone_do_not_apply_to_a_softmax_over_the_batch(routed: Callable[..., Path]) -> None:
+    bench = Bench(routed(**OVER_BATCH), find_subject("dylo-moe"))
+    laws = {
+        law: outcome.PASS for law in ("model.router_equals_oracle", "model.routed_logits_equal_reference", "model.dtype_move")
+    }
+    laws |= {f"model.{name}": outcome.NOT_APPLICABLE for name in ("causal", "rows_independent", "cached_decode_equals_recompute")}
+    assert {law: judge(bench, law)[0] for law in laws} == laws
 
 
 def ids(fault: Fault) -> str:
