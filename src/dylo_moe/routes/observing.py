@@ -47,8 +47,9 @@ def observe(model: DyLoRA_MoE, texts: Sequence[Tokens], batch_size: int) -> Iter
     if model.router is None:
         raise RoutingError("this model has no router, so there is no routing to look at")
     order = sorted(range(len(texts)), key=lambda number: -len(texts[number].ids))
-    for start in range(0, len(order), batch_size):
-        numbers = order[start : start + batch_size]
+    together = 1 if model.routing.needs_whole_pass else batch_size  # else a text's weights would depend on those beside it
+    for start in range(0, len(order), together):
+        numbers = order[start : start + together]
         yield from zip(numbers, _observe_batch(model, [texts[number] for number in numbers]), strict=True)
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from safetensors.torch import load_file
@@ -14,6 +15,7 @@ from dylo_moe import PeftMoEDecoder, detect_model_format, errors, load_checkpoin
 from dylo_moe.completions import Wanted
 from dylo_moe.formats import read_checkpoint
 from dylo_moe.formats.peft_xlora_write import write_xlora
+from dylo_moe.routes.observing import Tokens, observe
 from fixtures.xlora import equation, write_standalone
 from harness.specimens import write_base
 from harness.specimens.xlora import XLoraChoices
@@ -110,6 +112,15 @@ def test_what_the_decoder_writes_does_not_depend_on_the_rows_beside_it(base, tmp
         ids = decoder.encode(prompt)
         new = model.generate(ids, max_new_tokens=4, do_sample=False)[0, ids.shape[1] :]
         assert texts[prompt] == decoder.tokenizer.decode(new, skip_special_tokens=True).replace("\t", "    ")
+
+
+def test_the_analysis_of_routing_looks_at_each_text_alone(base, tmp_path):
+    model = load_checkpoint(write_standalone(tmp_path / "xlora", base, NAMES, WHOLE))
+    texts = [Tokens(0, list(range(9, 9 + length)), 1) for length in (4, 9, 6)]
+    for number, seen in observe(model, texts, batch_size=3):
+        with torch.no_grad():
+            model(torch.tensor([texts[number].ids]))
+        assert np.array_equal(seen.weights[:, 0], model.last_routing_weights[0].double().numpy())
 
 
 def test_cached_generation_equals_recomputation(base, tmp_path):
