@@ -31,6 +31,7 @@ JUDGED_ORDER = (
     "gates",
     "spread",
     "sums",
+    "gradients",
     "held",
     "routed",
     "replaced",

@@ -64,7 +64,8 @@ def _trainable(model: nn.Module) -> nn.Module:
 
 
 def _step(model: nn.Module, ids: Tensor) -> None:
-    model.zero_grad()
+    for parameter in _learning(model):
+        parameter.grad = None
     model(ids, labels=ids).loss.backward()
 
 

@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
 from dylo_moe.errors import RoutingError, UnknownExpert
+from dylo_moe.gradients import add_lean
 from dylo_moe.held import Held
 from dylo_moe.quantised import keep_scales
 from dylo_moe.spread import Spread
@@ -80,15 +81,16 @@ class Mixture:
     def spread(self, weights: Tensor, shape: tuple[int, int]) -> Spread:
         """The weights (B|1, S|1, E) over an input of (B, S); the route's own are worked out once.
 
-        With a graph they are worked out in each layer: a checkpointed block has to record the same when recomputed.
+        A checkpointed block has a route of its own, in its first pass as when it is recomputed: it records the same.
         """
         if torch.compiler.is_compiling():
             return Spread(weights, shape, {})
-        if torch.is_grad_enabled() or not self._routes or weights is not self._routes[-1]:
+        if not self._routes or weights is not self._routes[-1]:
             return Spread(weights, shape, self._layouts)
-        if self._spreads[-1] is None or self._spreads[-1].shape != shape:
-            self._spreads[-1] = Spread(weights, shape, self._layouts)
-        return self._spreads[-1]
+        kept = self._spreads[-1]
+        if kept is None or kept.shape != shape or kept.grows != torch.is_grad_enabled():
+            kept = self._spreads[-1] = Spread(weights, shape, self._layouts)
+        return kept
 
     def pass_spread(self, x: Tensor) -> Spread | None:
         """The spread of the pass over an input x (B, S, in); None unless all layers have the same weights."""
@@ -222,12 +224,11 @@ class RoutedLinear(LoraLinear):
         variants = [(e, name) for e, name in experts if name in self.lora_variant] if self.lora_variant else []
         sums = [expert for expert in experts if expert not in variants] if variants else experts
         weights = weights.to(x.device)
-        x = self._cast_input_dtype(x, self.lora_A[experts[0][1]].weight.dtype)
         if sums:
             is_shared = result is base and (variants or self.base_layer._forward_hooks or type(self.base_layer) not in _FRESH)
             result = self._add_sums(result.clone() if is_shared else result, x, weights, sums)
         for e, name in variants:
-            output = self._run_variant(name, x, base)
+            output = self._run_variant(name, self._cast_input_dtype(x, self.lora_A[name].weight.dtype), base)
             wide = weights[..., e : e + 1].to(torch.promote_types(weights.dtype, torch.float32))
             result = (result + wide * (output - base)).to(result.dtype)
         return result
@@ -244,6 +245,7 @@ class RoutedLinear(LoraLinear):
             result = self._add_lora_biases(result, weights, experts)
         sums = self._sums(experts)
         if self._drops_out(experts):
+            x = self._cast_input_dtype(x, sums.dtype)
             # Each expert draws its own mask, as it does in PEFT.
             hidden = torch.cat([self.lora_A[name](self.lora_dropout[name](x)) for _, name in experts], dim=-1)
             return add_dense(result, x, self.mixture.spread(weights, x.shape[:2]), sums, hidden)
@@ -255,8 +257,10 @@ class RoutedLinear(LoraLinear):
         # A weight of 0 that learns needs its expert's output; on a GPU, counting would make the host wait.
         learns = torch.is_grad_enabled() and weights.requires_grad
         if not learns and weights.device.type == "cpu" and not torch.compiler.is_compiling() and sums.cheaper_grouped(spread):
-            return add_grouped(result, x, spread, sums)
-        return add_dense(result, x, spread, sums)
+            return add_grouped(result, x.to(sums.dtype), spread, sums)
+        if torch.is_grad_enabled() and not torch.compiler.is_compiling():
+            return add_lean(result, x, spread, sums)
+        return add_dense(result, x.to(sums.dtype), spread, sums)
 
     def _sums(self, experts: list[tuple[int, str]]) -> Sums:
         if self.mixture.held is not None and not (torch.is_grad_enabled() or torch.compiler.is_compiling()):
@@ -274,7 +278,7 @@ class RoutedLinear(LoraLinear):
     def _sums_now(self, experts: list[tuple[int, str]]) -> Sums:
         lora_A, lora_B, scaling = self.lora_A, self.lora_B, self.scaling
         shrinks = [lora_A[name].weight for _, name in experts]
-        signature = tuple((e, scaling[name], len(shrink)) for (e, name), shrink in zip(experts, shrinks, strict=True))
+        signature = tuple((e, scaling[name], shrink.shape[0]) for (e, name), shrink in zip(experts, shrinks, strict=True))
         return Sums(signature, shrinks, [lora_B[name].weight for _, name in experts])
 
     def _drops_out(self, experts: list[tuple[int, str]]) -> bool:

@@ -19,7 +19,7 @@ from dylo_moe.formats.checkpoint import ROUTER_FEATURES
 from dylo_moe.guessing import Guesses
 from dylo_moe.held import Held, only_known_code
 from dylo_moe.pair_cost import PairCost
-from dylo_moe.routed import Mixture, Route, RoutedCheckpoint
+from dylo_moe.routed import Mixture, Route, RoutedCheckpoint, RoutedLinear
 from dylo_moe.row_routes import RowRoutes
 
 # What only the full model understands; the decoder below its head gets the rest.
@@ -295,10 +295,18 @@ class Routing:
 
     def _bind_checkpointing(self) -> None:
         # However checkpointing was switched on (ours, transformers', PEFT's or the Trainer's way), it ends up in this attribute.
-        for module in self.causal_lm.modules() if self.causal_lm.training else ():
+        for module in _around_layers(self.causal_lm) if self.causal_lm.training else ():
             function = getattr(module, "_gradient_checkpointing_func", None)
             if function is not None and not isinstance(function, RoutedCheckpoint):
                 module._gradient_checkpointing_func = RoutedCheckpoint(function, self.mixture)
+
+
+def _around_layers(module: nn.Module) -> Iterator[nn.Module]:
+    """The module and those in it, without what routed layers are made of: with many experts that is nearly everything."""
+    yield module
+    for child in module.children():
+        if not isinstance(child, RoutedLinear):
+            yield from _around_layers(child)
 
 
 def _rows_and_length(kwargs: dict[str, Any]) -> tuple[int, int]:

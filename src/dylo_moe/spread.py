@@ -46,10 +46,12 @@ class Spread:
         # At least float32: they multiply the small (B, S, R) tensor, so precision is cheap here.
         self.weights = weights.to(torch.promote_types(weights.dtype, torch.float32))
         self.shape = shape
+        self.grows = torch.is_grad_enabled()  # the rest is worked out with a graph
         self.choices: dict[tuple, bool] = {}  # dense or grouped, for the layers so far
         self.plans: dict[int, Tensor | bool] = {}  # the factors for each kind of kept layer, False where grouped does less work
         self._layouts = layouts
         self._factors: dict[Signature, Tensor] = {}
+        self._factors_of_tokens: dict[Signature, Tensor] = {}
         self._chunks: dict[Signature, list[Chunk]] = {}
 
     @property
@@ -62,6 +64,12 @@ class Spread:
             columns, scales = self._layout(signature)
             self._factors[signature] = self.weights.index_select(-1, columns) * scales
         return self._factors[signature]
+
+    def factors_of_tokens(self, signature: Signature) -> Tensor:
+        """The same for every token, (T, R)."""
+        if signature not in self._factors_of_tokens:
+            self._factors_of_tokens[signature] = self.factors(signature).expand(*self.shape, -1).flatten(0, 1)
+        return self._factors_of_tokens[signature]
 
     def _layout(self, signature: Signature) -> tuple[Tensor, Tensor]:
         """For each of the R stacked rows: its expert's column in the weights, and its expert's scaling. Both (R,)."""
