@@ -242,13 +242,15 @@ def retained_bytes(work: Work, device: str = "cpu", *, calls: int = 3) -> list[i
 class LiveBytes(TorchDispatchMode):
     """Counts the bytes of every tensor storage that operators create inside the block, until each is freed.
 
-    now: live at this moment; peak: the most so far. What a kernel allocates for itself and frees again is not seen.
+    now: live at this moment; peak: the most so far; largest: of one storage. What a kernel allocates for itself and frees again
+    is not seen.
     """
 
     def __init__(self) -> None:
         super().__init__()
         self.now = 0
         self.peak = 0
+        self.largest = 0
         self._known: set[int] = set()
 
     def __torch_dispatch__(self, func: Callable, types: tuple, args: tuple = (), kwargs: dict | None = None) -> object:
@@ -267,7 +269,7 @@ class LiveBytes(TorchDispatchMode):
             return
         self._known.add(key)
         self.now += size
-        self.peak = max(self.peak, self.now)
+        self.peak, self.largest = max(self.peak, self.now), max(self.largest, size)
         weakref.finalize(storage, self._freed, key, size)
 
     def _freed(self, key: int, size: int) -> None:

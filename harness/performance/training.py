@@ -10,50 +10,44 @@ from peft import PeftModel
 from torch import Tensor, nn
 from transformers import AutoModelForCausalLM
 
-from harness.measure import peak_bytes
+from harness.measure import counted_flops, peak_bytes
 from harness.performance.cells import Cell
 from harness.performance.shapes import Models, Shape, write_models
 from harness.subjects import find_subject
 
 STEP_GOALS = {("attention", 4): 1.10, ("all-linear", 8): 1.30}
+STEP_SIZES = ((512, 256), (512, 1024), (1024, 256), (1024, 1024))  # hidden size, tokens; the first for a quick look
 STEP_MEMORY = 1.5
 LOOP_MEMORY = 0.25
 FORWARD_MEMORY = 1.10
-TOKENS = 256
 
 
 def steps(quick: bool) -> Iterator[Cell]:
     """Forward and backward of experts and router / of one PEFT adapter; counted peak bytes beside the base's and the loop's."""
-    for (targets, experts), goal in STEP_GOALS.items():
-        shape = Shape(512, targets, experts)
-        if quick and targets != "attention":
-            continue
-        with TemporaryDirectory() as directory:
-            models = write_models(Path(directory), shape)
-            ids, ours, one = models.ids(TOKENS), _trainable(models.routed), _one_adapter(models, trainable=True)
-            work = {"ours": lambda m=ours, i=ids: _step(m, i), "one": lambda m=one, i=ids: _step(m, i)}
-            name = f"{shape.label} T={TOKENS}"
-            yield Cell("training step / one adapter's", name, goal, ours=work["ours"], other=work["one"], tags=shape.tags)
-            yield from _step_memory(models, work["ours"], name)
+    for hidden, tokens in STEP_SIZES[:1] if quick else STEP_SIZES:
+        for (targets, experts), goal in STEP_GOALS.items():
+            with TemporaryDirectory() as directory:
+                models = write_models(Path(directory), Shape(hidden, targets, experts))
+                yield from _step_cells(models, tokens, goal)
 
 
-def _step_memory(models: Models, ours: Callable[[], None], name: str) -> Iterator[Cell]:
-    ids, loop = models.ids(TOKENS), _trainable(find_subject("naive-loop").load(models.checkpoint))
+def _step_cells(models: Models, tokens: int, goal: float) -> Iterator[Cell]:
+    ids, tags, name = models.ids(tokens), models.shape.tags, f"{models.shape.label} T={tokens}"
+    ours, one = _step(_trainable(models.routed), ids), _step(_one_adapter(models, trainable=True), ids)
     base = models.base.requires_grad_(False)
 
     def base_step() -> None:
         embeddings = base.get_input_embeddings()(ids).requires_grad_()
         base(inputs_embeds=embeddings, labels=ids, use_cache=False).loss.backward()
 
-    tags = models.shape.tags
-    yield Cell("step's peak bytes / base's", name, STEP_MEMORY, count=lambda: peak_bytes(ours) / peak_bytes(base_step), tags=tags)
-    yield Cell(
-        "step's peak bytes / the loop's",
-        name,
-        LOOP_MEMORY,
-        count=lambda: peak_bytes(ours) / peak_bytes(lambda: _step(loop, ids)),
-        tags=tags,
-    )
+    flops, of_one = counted_flops(base_step), 3 * 2 * tokens * models.expert_weights  # forward, and twice that backward
+    limit = (flops + models.shape.experts * of_one) / (flops + of_one)
+    yield Cell("training step / one adapter's", name, goal, limit, ours=ours, other=one, tags=tags)
+    peak, of_base = peak_bytes(ours), peak_bytes(base_step)
+    yield Cell("step's peak bytes / base's", name, STEP_MEMORY, count=lambda: peak / of_base, tags=tags)
+    of_loop = peak_bytes(_step(_trainable(find_subject("naive-loop").load(models.checkpoint)), ids))
+    # What the base's own step needs is needed by every step.
+    yield Cell("step's peak bytes / the loop's", name, LOOP_MEMORY, of_base / of_loop, count=lambda: peak / of_loop, tags=tags)
 
 
 def _trainable(model: nn.Module) -> nn.Module:
@@ -63,10 +57,16 @@ def _trainable(model: nn.Module) -> nn.Module:
     return model.train()
 
 
-def _step(model: nn.Module, ids: Tensor) -> None:
-    for parameter in _learning(model):
-        parameter.grad = None
-    model(ids, labels=ids).loss.backward()
+def _step(model: nn.Module, ids: Tensor) -> Callable[[], None]:
+    """Forward and backward; its gradients are let go as an optimizer does, without a walk through the model."""
+    learning = [parameter for parameter in model.parameters() if parameter.requires_grad]
+
+    def step() -> None:
+        model(ids, labels=ids).loss.backward()
+        for parameter in learning:
+            parameter.grad = None
+
+    return step
 
 
 def _one_adapter(models: Models, *, trainable: bool = False) -> nn.Module:

@@ -83,6 +83,11 @@ def test_counted_flops_of_a_product():
     assert counted_flops(products(3)) == 3 * 2 * 256**3  # 2 n^3 each
 
 
+def test_counted_flops_of_a_product_in_place():
+    into = torch.zeros(8, 16)
+    assert counted_flops(lambda: into.addmm_(torch.ones(8, 4), torch.ones(4, 16))) == 2 * 8 * 4 * 16
+
+
 def test_peak_counts_what_is_live_at_once():
     def work():
         first = torch.zeros(1000)  # 4000 bytes

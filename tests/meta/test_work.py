@@ -9,7 +9,7 @@ import torch
 
 from dylo_moe.sums import Sums
 from fixtures.wasteful import WASTES, WastefulSubject
-from harness.measure import counted_calls, counted_flops
+from harness.measure import LiveBytes, counted_calls, counted_flops
 from harness.performance.shapes import Models, Shape, write_models
 from harness.subjects import find_subject
 
@@ -79,6 +79,37 @@ def test_a_loop_over_experts_is_noticed(written):
     models = written("dense")
     loop = find_subject("naive-loop").load(models.checkpoint)
     assert calls_per_linear(models, loop) > 1.2 * CALLS_PER_LINEAR
+
+
+def largest_tensor(layer: torch.nn.Module, mix, *, grows: bool) -> float:
+    """Bytes of the largest tensor of a pass, in those of the base weight or of all experts' outputs, whichever are fewer."""
+    weight, tokens, experts = layer.base_layer.weight, TOKENS // 4, len(layer.lora_A)
+    x, weights = torch.randn(1, tokens, weight.shape[1]).requires_grad_(), torch.rand(1, tokens, experts).requires_grad_()
+    with LiveBytes() as live, torch.set_grad_enabled(grows):
+        mixed = mix(layer, x, weights)
+        if grows:
+            mixed.sum().backward()
+    return live.largest / min(weight.nbytes, tokens * experts * weight.shape[0] * weight.itemsize)
+
+
+def every_output(layer, x, weights):
+    """What must not be: (tokens, experts, out)."""
+    outputs = [layer.lora_B[name](layer.lora_A[name](x)) for name in layer.lora_A]
+    return layer.base_layer(x) + (torch.stack(outputs, dim=-2) * weights[..., None]).sum(dim=-2)
+
+
+def merged(layer, x, weights):
+    """What must not be: a copy of the base weight."""
+    return torch.nn.functional.linear(x, layer.base_layer.weight + layer.get_delta_weight("expert_0"))
+
+
+@pytest.mark.parametrize("grows", [False, True], ids=["forward", "training step"])
+def test_no_tensor_is_as_large_as_a_base_weight_or_as_the_outputs_of_all_experts(written, grows):
+    layers = {name.rpartition(".")[2]: layer for name, layer in written("dense").routed.routed_layers().items()}
+    for layer in layers.values():
+        assert largest_tensor(layer, type(layer).mix, grows=grows) < 1
+        for waste in (every_output, merged):
+            assert largest_tensor(layer, waste, grows=grows) >= 1
 
 
 def steps(models: Models, generate) -> float:
