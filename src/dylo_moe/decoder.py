@@ -203,7 +203,7 @@ class PeftMoEDecoder(DecoderBase):
             penalties=Penalties(config),
             warpers=warpers_from_options(config, options if self.temperature else {})[0],
             inputs=frozenset(inspect.signature(causal_lm.forward).parameters),
-            can_pad=can_pad(causal_lm.config),
+            can_pad=can_pad(causal_lm),
         )
 
     def encode(self, prompt: str) -> Tensor:

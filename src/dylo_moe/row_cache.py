@@ -11,7 +11,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from transformers import Cache, DynamicCache
+from transformers import Cache, DynamicCache, PreTrainedModel
 from transformers.cache_utils import DynamicLayer, DynamicSlidingWindowLayer
 
 from dylo_moe.caches import halves, set_halves
@@ -64,12 +64,15 @@ def roomy_cache(config: Any) -> DynamicCache:
     return cache
 
 
-def can_pad(config: Any) -> bool:
-    """Whether every layer of such a model keeps one column per token, so that rows of different lengths can be in one batch.
+def can_pad(model: PreTrainedModel) -> bool:
+    """Whether rows of different lengths can be in one batch of a transformers model, because it computes what each computes alone.
 
-    Otherwise (linear attention, state spaces) a padded prompt does not compute what it computes alone.
+    Every layer has to keep one column per token: linear attention and state spaces do not. And attention written out ("eager")
+    gives NaN for padding in float64 (docs/findings.md), which spreads to the row's tokens.
     """
-    cache = roomy_cache(config)
+    if model.dtype == torch.float64 and model.config.get_text_config()._attn_implementation == "eager":
+        return False
+    cache = roomy_cache(model.config)
     lazily = cache.layer_class_to_replicate in (None, RoomyLayer)
     return lazily and all(type(layer) in (RoomyLayer, DynamicSlidingWindowLayer) for layer in cache.layers)
 

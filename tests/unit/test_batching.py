@@ -5,6 +5,7 @@ from __future__ import annotations
 import subprocess
 import sys
 
+import numpy as np
 import pytest
 import torch
 from transformers import AutoModelForCausalLM, MistralConfig
@@ -14,6 +15,7 @@ from dylo_moe.batch import Request
 from dylo_moe.batching import DEFAULT_ROWS, Queue, is_out_of_memory
 from dylo_moe.completions import Wanted
 from dylo_moe.errors import OptionError, OutOfMemory
+from dylo_moe.routes.observing import Tokens, observe
 from dylo_moe.routing import ADAPTERS_OFF
 from harness.specimens import write_base, write_checkpoint
 
@@ -91,6 +93,16 @@ def test_two_sliding_caches_keep_their_rows_in_step(sliding, tmp_path):
 @pytest.fixture(scope="module")
 def base(tmp_path_factory):
     return write_base(tmp_path_factory.mktemp("base"), "llama")
+
+
+def test_attention_that_cannot_be_padded_in_float64_is_not_padded(base, tmp_path):
+    path = write_checkpoint(tmp_path / "checkpoint", base, num_experts=2)
+    decoder = build(path, batch_size=8, temperature=0, dtype="float64")
+    wanted = [Wanted(prompt, "router", 0) for prompt in PROMPTS]
+    found = together(decoder, wanted)
+    assert found == alone(decoder, wanted) and all(found.values())
+    tokens = [Tokens(0, decoder.encode(prompt)[0].tolist(), 1) for prompt in PROMPTS]
+    assert all(np.isfinite(seen.weights).all() for _, seen in observe(decoder.model, tokens, batch_size=3))
 
 
 def test_rows_that_have_ended_leave_the_batch_and_others_take_their_place(base):

@@ -10,6 +10,7 @@ import inspect
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from itertools import groupby
 
 import numpy as np
 import torch
@@ -22,6 +23,7 @@ from dylo_moe.gates import LayerGate
 from dylo_moe.model import DyLoRA_MoE
 from dylo_moe.routed import RoutedLinear
 from dylo_moe.router import DynamicHybridRouter
+from dylo_moe.row_cache import can_pad
 from dylo_moe.routes.tally import Observation
 
 ALL_LAYERS = "all layers"
@@ -39,7 +41,8 @@ class Tokens:
 def observe(model: DyLoRA_MoE, texts: Sequence[Tokens], batch_size: int) -> Iterator[tuple[int, Observation]]:
     """(number of the text, what the router made of it), the longest texts first; padding is left out.
 
-    A batch that does not fit into memory is halved, down to one text.
+    A batch that does not fit into memory is halved, down to one text. Where a model cannot be padded, only texts of one length
+    share a batch.
 
     Raises:
         RoutingError: the model has no router.
@@ -47,10 +50,13 @@ def observe(model: DyLoRA_MoE, texts: Sequence[Tokens], batch_size: int) -> Iter
     if model.router is None:
         raise RoutingError("this model has no router, so there is no routing to look at")
     order = sorted(range(len(texts)), key=lambda number: -len(texts[number].ids))
-    together = 1 if model.routing.needs_whole_pass else batch_size  # else a text's weights would depend on those beside it
-    for start in range(0, len(order), together):
-        numbers = order[start : start + together]
-        yield from zip(numbers, _observe_batch(model, [texts[number] for number in numbers]), strict=True)
+    size = 1 if model.routing.needs_whole_pass else batch_size  # else a text's weights would depend on those beside it
+    padded = can_pad(model.causal_lm)
+    alike = groupby(order, key=lambda number: 0 if padded else len(texts[number].ids))
+    for together in (list(numbers) for _, numbers in alike):
+        for start in range(0, len(together), size):
+            numbers = together[start : start + size]
+            yield from zip(numbers, _observe_batch(model, [texts[number] for number in numbers]), strict=True)
 
 
 def _observe_batch(model: DyLoRA_MoE, texts: Sequence[Tokens]) -> list[Observation]:

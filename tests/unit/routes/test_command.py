@@ -3,13 +3,20 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from importlib.resources import files
 
 import jsonschema
+import numpy as np
 import pytest
 from transformers import AutoTokenizer
 
-from dylo_moe.routing_analysis import analyse_checkpoint, main
+from dylo_moe import PeftMoEDecoder
+from dylo_moe.routes.analysing import silently
+from dylo_moe.routes.observing import observe
+from dylo_moe.routes.texts import Text
+from dylo_moe.routes.tokens import encode
+from dylo_moe.routing_analysis import analyse_checkpoint, complete_texts, main
 from harness.specimens import write_arrow_checkpoint, write_base, write_checkpoint
 from harness.specimens.tasks import TASKS, write_task_set
 from tests.browser import assert_readable, look
@@ -57,6 +64,24 @@ def test_task_set_with_generated_answers_gives_all_files(root, humaneval, tmp_pa
     seen = look(tmp_path / "out" / "routing_analysis.html", "figure img", ".tokens span", "table", ".chip")
     assert_readable(seen)
     assert seen.visible == {"figure img": 5, ".tokens span": document["tokens"], "table": 7, ".chip": 3}
+
+
+def test_answers_are_written_together_and_are_those_written_alone_with_the_same_weights_of_every_token(root):
+    options = {"dtype": "float32", "temperature": 0.0, "max_new_tokens": 6, "batch_size": None}
+    decoder = PeftMoEDecoder(str(root / "hybrid"), "humaneval", **options)
+    texts = [Text(name, "x = 1\n" * length) for name, length in (("a", 2), ("b", 9), ("a", 4), ("c", 2))]
+    rows = []
+    hook = decoder.model.causal_lm.lm_head.register_forward_hook(lambda module, inputs, output: rows.append(len(output)))
+    together = complete_texts(decoder, texts, silently)
+    hook.remove()
+    assert max(rows) == 3, "one row for each prompt that is another one"
+    alone = [replace(text, completion=decoder.codegen(text.prompt, do_sample=False, num_samples=1)[0]) for text in texts]
+    assert together == alone and len({text.completion for text in alone}) == 3
+    tokens = encode(decoder, together, ["a", "b", "c"]).tokens
+    many, one = (dict(observe(decoder.model, tokens, texts_per_pass)) for texts_per_pass in (4, 1))
+    for number, text in enumerate(tokens):
+        assert len(one[number].weights) == len(text.ids) > text.prompt_length
+        np.testing.assert_allclose(many[number].weights, one[number].weights, rtol=0, atol=2e-5)
 
 
 def test_hostile_texts_and_names_are_shown_and_not_interpreted(root, tmp_path, capsys):
