@@ -17,7 +17,9 @@ from dylo_moe.completions import Wanted
 from dylo_moe.errors import OptionError, OutOfMemory
 from dylo_moe.routes.observing import Tokens, observe
 from dylo_moe.routing import ADAPTERS_OFF
+from fixtures.routed import write_routed
 from harness.specimens import write_base, write_checkpoint
+from tests.unit.runtime.tiny_peft import write_adapter
 
 PROMPTS = ("def add(a, b):\n", "import math\ndef area(radius):\n    '''Area of a circle.'''\n", "x = 1\nfor i in range(9):\n")
 STRATEGIES = ("router", "single:1", "best", "ensemble", "round_robin", "base")
@@ -59,6 +61,32 @@ def test_batch_of_prompts_samples_and_strategies_writes_what_each_writes_alone(t
     path = write_checkpoint(tmp_path / "checkpoint", base, num_experts=3, features=features)
     wanted = [Wanted(prompt, strategy, index=1) for prompt in PROMPTS for strategy in STRATEGIES]
     assert_written_alike(path, wanted, temperature=temperature)
+
+
+OWN = {
+    "modules": {"target_modules": ["q_proj"], "modules_to_save": ["lm_head", "embed_tokens", "model.norm"]},
+    "biases": {"target_modules": ["q_proj"], "bias": "all"},
+    "bias of a LoRA": {"target_modules": ["q_proj"], "lora_bias": True},
+}
+
+
+@pytest.mark.parametrize("kind", ["shared", "feed_forward", *OWN])
+def test_base_writes_what_the_base_model_alone_writes_whatever_the_experts_have_besides_their_deltas(tmp_path, kind):
+    base = write_base(tmp_path / "base", "qwen" if kind in OWN else "llama")
+    if kind in OWN:
+        for expert in range(2):
+            write_adapter(tmp_path / "checkpoint" / f"expert_{expert}", base, seed=expert, r=2, **OWN[kind])
+    else:
+        write_routed(tmp_path / "checkpoint", base, kind, num_experts=3)
+    decoder = build(tmp_path / "checkpoint", batch_size=4, temperature=0, base_model=str(base), routing_strategy="base")
+    others = ("single:1", "round_robin") if kind in OWN else ("router", "single:1")
+    wanted = [Wanted(prompt, strategy, 0) for prompt in PROMPTS for strategy in ("base", *others)]
+    found = together(decoder, wanted)
+    plain = together(build(base, batch_size=4, temperature=0), [Wanted(prompt, "router", 0) for prompt in PROMPTS])
+    for prompt in PROMPTS:
+        text = plain[Wanted(prompt, "router", 0)]
+        assert found[Wanted(prompt, "base", 0)] == text
+        assert all(found[Wanted(prompt, strategy, 0)] != text for strategy in others)
 
 
 @pytest.fixture(scope="module")
