@@ -81,6 +81,7 @@ JUDGED_ORDER = (
     "shards",
     "generating",
     "cluster",
+    "workplace",
     "cluster_worker",
     "spreading",
     "comparison",

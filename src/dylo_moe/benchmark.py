@@ -12,7 +12,7 @@ import sys
 from collections.abc import Sequence
 from typing import Any
 
-from dylo_moe.command_line import DATASETS, Parser, add_decoding, add_executing, run_command
+from dylo_moe.command_line import DATASETS, Parser, add_decoding, add_executing, add_flag, run_command
 
 BACKENDS = ("peft_moe", "hf")
 
@@ -34,6 +34,7 @@ def add_options(parser: argparse.ArgumentParser) -> None:
     tasks.add_argument("--max-samples", type=int, metavar="N", help="the first N tasks of each benchmark only")
     tasks.add_argument("--version", help="of EvalPlus's task file")
     tasks.add_argument("--output-dir", "--root", dest="output_dir", metavar="DIR", help="default: benchmark_results")
+    add_flag(tasks, "json", "print the JSON instead of tables")
     add_decoding(parser.add_argument_group("generation; without --temperature it is greedy"))
     add_executing(parser.add_argument_group("scoring"))
 
@@ -50,14 +51,18 @@ def run(options: dict[str, Any]) -> int:
     from rich.console import Console
 
     from dylo_moe.benchmarks.report import print_benchmarks
-    from dylo_moe.benchmarks.running import plan_benchmarks, run_benchmarks, write_reports
+    from dylo_moe.benchmarks.running import as_json, plan_benchmarks, run_benchmarks, write_reports
 
-    plan = plan_benchmarks(options)
+    to_json = options.get("json", False)
+    plan = plan_benchmarks({name: value for name, value in options.items() if name != "json"})
     document = run_benchmarks(plan)
     paths = write_reports(document, plan.directory)
-    print_benchmarks(document, Console())
+    if to_json:
+        print(as_json(document).decode(), end="")
+    else:
+        print_benchmarks(document, Console())
     for path in paths:
-        print(path)
+        print(path, file=sys.stderr if to_json else sys.stdout)
     return 0
 
 

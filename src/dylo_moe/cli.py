@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import contextlib
 import json
 import sys
 from collections.abc import Sequence
@@ -82,7 +83,9 @@ def _run(options: dict) -> int:
 def _codegen(options: dict) -> int:
     from dylo_moe.evalplus import BACKEND, run_codegen
 
-    print(run_codegen(**{"backend": BACKEND, **options}))
+    with contextlib.redirect_stdout(sys.stderr):  # EvalPlus's other backends tell how far they are
+        path = run_codegen(**{"backend": BACKEND, **options})
+    print(path)
     return 0
 
 
@@ -91,7 +94,8 @@ def _evaluate(options: dict) -> int:
 
     as_json = options.pop("json", False)
     backend = {"backend": BACKEND} if "model" in options else {}
-    result = evaluate(**{**backend, **options})
+    with contextlib.redirect_stdout(sys.stderr if as_json else sys.stdout):
+        result = evaluate(**{**backend, **options})
     if as_json and result is not None:
         print(json.dumps({name: value for name, value in result.items() if name != "eval"}))
     return 0

@@ -5,27 +5,30 @@ from __future__ import annotations
 import concurrent.futures
 import dataclasses
 import socket
-import tempfile
 from collections.abc import Mapping
 from pathlib import Path
 
 from dylo_moe.generating import Generation, generate_samples
+from dylo_moe.workplace import Workplace
 
 ANSWER_SECONDS = 1.0
 
 
 class ShardWorker:
-    """An actor. The journals that it writes lie in a directory of its own and go with it; nobody else sees them."""
+    """An actor. The journals that it writes lie in a directory of its own, which goes when all of them were handed out.
+
+    What a worker that is killed leaves, the next one on its machine takes away.
+    """
 
     def __init__(self) -> None:
-        self._place = tempfile.TemporaryDirectory(prefix="dylo-moe-shard-", ignore_cleanup_errors=True)
+        self._place = Workplace()
         self._pool = concurrent.futures.ThreadPoolExecutor(1)
 
     def start(self, generation: Generation, journals: Mapping[str, bytes]) -> str:
         """Begins to complete these journals (name -> content) in the background. Returns this machine's name."""
         for name, content in journals.items():
-            (Path(self._place.name) / name).write_bytes(content)
-        self._run = self._pool.submit(generate_samples, dataclasses.replace(generation, resume=True), Path(self._place.name))
+            (self._place.path / name).write_bytes(content)
+        self._run = self._pool.submit(generate_samples, dataclasses.replace(generation, resume=True), self._place.path)
         return socket.gethostname()
 
     def news(self, taken: Mapping[str, int]) -> tuple[dict[str, bytes], bool]:
@@ -42,9 +45,10 @@ class ShardWorker:
         """
         concurrent.futures.wait([self._run], timeout=ANSWER_SECONDS)
         done = self._run.done()
-        found = {path.name: _lines(path, taken.get(path.name, 0)) for path in Path(self._place.name).glob("*.journal")}
+        found = {path.name: _lines(path, taken.get(path.name, 0)) for path in self._place.path.glob("*.journal")}
         found = {name: lines for name, lines in found.items() if lines}
         if done and not found:
+            self._place.remove()
             self._run.result()
             return {}, True
         return found, False

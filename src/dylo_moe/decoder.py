@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import inspect
+import io
 import math
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from functools import partial
@@ -83,16 +85,18 @@ class PeftMoEDecoder(DecoderBase):
         assume: Mapping[str, Any] | None = None,
     ) -> None:
         _check_options(dataset, dtype, temperature=temperature, counts=(1 if batch_size is None else batch_size, max_new_tokens))
-        super().__init__(
-            name=str(name),
-            batch_size=batch_size or 1,
-            temperature=temperature,
-            max_new_tokens=max_new_tokens,
-            dtype=dtype,
-            trust_remote_code=trust_remote_code,
-            instruction_prefix=instruction_prefix,
-            response_prefix=response_prefix,
-        )
+        # EvalPlus announces that it initialises a model, on stdout, which is for results; and perhaps this one is loaded already.
+        with contextlib.redirect_stdout(io.StringIO()):
+            super().__init__(
+                name=str(name),
+                batch_size=batch_size or 1,
+                temperature=temperature,
+                max_new_tokens=max_new_tokens,
+                dtype=dtype,
+                trust_remote_code=trust_remote_code,
+                instruction_prefix=instruction_prefix,
+                response_prefix=response_prefix,
+            )
         self.dataset = dataset
         self.routing_strategy = routing_strategy
         self.force_base_prompt = force_base_prompt

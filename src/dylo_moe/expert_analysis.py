@@ -8,7 +8,6 @@ or scored that is there already.
 from __future__ import annotations
 
 import argparse
-import contextlib
 import sys
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -64,8 +63,7 @@ def run(options: dict[str, Any]) -> int:
     from dylo_moe.expertise.tracking import on_stderr
 
     plan = plan_analysis(options)
-    with contextlib.redirect_stdout(sys.stderr):  # EvalPlus prints while it generates, and stdout is for results
-        document = run_analysis(plan, options.get("categories"), on_stderr)
+    document = run_analysis(plan, options.get("categories"), on_stderr)
     paths = write_reports(document, plan.directory)
     if options.get("json"):
         print(as_json(document).decode(), end="")

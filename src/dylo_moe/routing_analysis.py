@@ -6,7 +6,6 @@ Writes routing_analysis.json (described by routes/routing_analysis.schema.json),
 from __future__ import annotations
 
 import argparse
-import contextlib
 import sys
 from collections.abc import Iterable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
@@ -179,19 +178,18 @@ def _decoder(path: str, options: Mapping[str, Any]) -> PeftMoEDecoder:
     from dylo_moe.decoder import PeftMoEDecoder
     from dylo_moe.evalplus import INSTRUCTION_PREFIX, RESPONSE_PREFIX
 
-    with contextlib.redirect_stdout(sys.stderr):  # EvalPlus's base class prints, and stdout is for results
-        return PeftMoEDecoder(
-            str(path),
-            options.get("dataset", DATASETS[0]),
-            temperature=0.0,
-            batch_size=options.get("bs"),
-            max_new_tokens=options.get("generate", 1),
-            # Lines of a file are texts as they are, and no tasks to be answered in a chat.
-            force_base_prompt=options.get("force_base_prompt", False) or "texts" in options,
-            instruction_prefix=INSTRUCTION_PREFIX,
-            response_prefix=RESPONSE_PREFIX,
-            **{name: options[name] for name in _DECODER if name in options},
-        )
+    return PeftMoEDecoder(
+        str(path),
+        options.get("dataset", DATASETS[0]),
+        temperature=0.0,
+        batch_size=options.get("bs"),
+        max_new_tokens=options.get("generate", 1),
+        # Lines of a file are texts as they are, and no tasks to be answered in a chat.
+        force_base_prompt=options.get("force_base_prompt", False) or "texts" in options,
+        instruction_prefix=INSTRUCTION_PREFIX,
+        response_prefix=RESPONSE_PREFIX,
+        **{name: options[name] for name in _DECODER if name in options},
+    )
 
 
 def complete_texts(decoder: PeftMoEDecoder, texts: Sequence[Text], track: Track) -> list[Text]:

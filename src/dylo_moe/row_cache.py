@@ -65,7 +65,7 @@ def roomy_cache(config: Any) -> DynamicCache:
 
 
 def can_pad(model: PreTrainedModel) -> bool:
-    """Whether rows of different lengths can be in one batch of a transformers model, because it computes what each computes alone.
+    """Whether rows of different lengths can be in one batch of a transformers model and each computes what it computes alone.
 
     Every layer has to keep one column per token: linear attention and state spaces do not. And attention written out ("eager")
     gives NaN for padding in float64 (docs/findings.md), which spreads to the row's tokens.

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import contextlib
 import gzip
 import hashlib
 import json
 import os
 import re
+import sys
 import zlib
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, replace
@@ -85,7 +87,8 @@ def _release(dataset: str, version: str, mini: bool, noextreme: bool) -> Path:
     name, newest = _RELEASES[dataset]
     url, path = get_dataset_metadata(name, newest if version == "default" else version, mini, noextreme)
     try:
-        make_cache(url, path)
+        with contextlib.redirect_stdout(sys.stderr):  # it says what it downloads, and stdout is for results
+            make_cache(url, path)
     except (URLError, OSError) as error:
         raise TaskSetError(f"{url}: {error}; or set {OVERRIDES[dataset]} to a local copy") from None
     return Path(path)

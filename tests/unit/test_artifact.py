@@ -342,6 +342,7 @@ def test_samples_of_an_artifact_are_those_of_its_directory(serve, checkpoint, tm
     written = Path(first).read_bytes()
     assert run_codegen("label", "humaneval", wandb_artifact=ARTIFACT, **options) == first
     assert Path(first).read_bytes() == written and len(server.fetched()) == len(directory_files(checkpoint))
+    assert str(tmp_path) not in Path(first).with_suffix(".json").read_text(), "wherever it was downloaded to"
     decoder = PeftMoEDecoder("label", "humaneval", wandb_artifact=ARTIFACT, temperature=0, dtype="float32")
     assert decoder.model.checkpoint.path.name == server.digest
 

@@ -80,17 +80,19 @@ def test_command_offers_the_targets_that_there_are():
     assert set(cli.TARGETS) == set(TARGETS)
 
 
-def test_codegen_prints_the_path_of_the_samples_and_evaluate_the_result(checkpoint, tmp_path, capsys):
+def test_codegen_prints_the_path_of_the_samples_and_evaluate_the_result(checkpoint, tmp_path, capfd):
     words = ["--model", str(checkpoint), "--dataset", "humaneval", "--backend", "peft_moe", "--dtype", "float32"]
     words += ["--routing-strategy", "single:0", "--greedy", "--root", str(tmp_path / "out"), "--max-new-tokens", "4"]
     assert cli.main(["codegen", *words]) == 0
-    samples = capsys.readouterr().out.splitlines()[-1]
+    (samples,) = capfd.readouterr().out.splitlines()
     assert len(open(samples).read().splitlines()) == 3
     assert cli.main(["evaluate", "--dataset", "humaneval", "--samples", samples, "--json"]) == 0
-    result = json.loads(capsys.readouterr().out.splitlines()[-1])
+    result = json.loads(capfd.readouterr().out)
     assert result["samples"] == 3 and "eval" not in result
     assert cli.main(["evaluate", *words, "--json"]) == 0
-    assert json.loads(capsys.readouterr().out.splitlines()[-1]) == result
+    assert json.loads(capfd.readouterr().out) == result
+    assert cli.main(["evaluate", *words]) == 0
+    assert all(line.startswith("humaneval (") for line in capfd.readouterr().out.splitlines())
 
 
 @pytest.mark.parametrize(

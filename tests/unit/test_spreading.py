@@ -47,6 +47,7 @@ def work(generation, journals):
     known = {journal.path.name: journal.excerpt(generation.task_set.tasks) for journal in journals.values()}
     worker.start(generation, known)
     yield from heard(worker, {name: len(content) for name, content in known.items()})
+    assert not worker._place.path.exists()
 
 
 def test_worker_adds_what_is_missing_of_its_tasks_and_nothing_else(planned, tmp_path):

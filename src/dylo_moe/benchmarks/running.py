@@ -130,7 +130,7 @@ def write_reports(document: Mapping[str, Any], directory: Path) -> list[Path]:
     """Writes benchmark.json, benchmark.html and benchmark.png, each in one step; returns their paths."""
     directory.mkdir(parents=True, exist_ok=True)
     paths = [directory / name for name in REPORTS]
-    write_atomically(paths[0], json.dumps(document, indent=1).encode() + b"\n")
+    write_atomically(paths[0], as_json(document))
     build_page(document).write(paths[1])
     save_png(picture(document), paths[2])
     return paths
@@ -164,6 +164,10 @@ def _generate_all(plan: BenchmarkPlan) -> dict[str, _Made]:
         new = sum(count - before.get(path, 0) for path, count in _counts(directory).items())
         made[name] = _Made(files, new, time.monotonic() - started)
     return made
+
+
+def as_json(document: Mapping[str, Any]) -> bytes:
+    return json.dumps(document, indent=1).encode() + b"\n"
 
 
 def _score(plan: BenchmarkPlan, name: str, made: _Made) -> dict[str, Any]:

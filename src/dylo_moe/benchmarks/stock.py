@@ -5,6 +5,8 @@ EvalPlus names its file by model, backend and temperature only, and continues wh
 
 from __future__ import annotations
 
+import contextlib
+import sys
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -35,7 +37,8 @@ def generate_stock(model: str, task_set: TaskSet, decoding: Mapping[str, Any], d
     try:
         identity = {**stock_identity(model, decoding), "task_file": task_set.hash}
         root = directory / f"{HF}-{identity_hash(identity)[:12]}"
-        return Path(run_codegen(model, task_set.dataset, root=str(root), backend=HF, id_range=id_range, **decoding))
+        with contextlib.redirect_stdout(sys.stderr):  # EvalPlus tells how far it is, and stdout is for results
+            return Path(run_codegen(model, task_set.dataset, root=str(root), backend=HF, id_range=id_range, **decoding))
     except DyloMoeError:
         raise
     except (ImportError, ValueError) as error:  # how transformers and the hub refuse what is no model

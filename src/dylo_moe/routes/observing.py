@@ -23,8 +23,8 @@ from dylo_moe.gates import LayerGate
 from dylo_moe.model import DyLoRA_MoE
 from dylo_moe.routed import RoutedLinear
 from dylo_moe.router import DynamicHybridRouter
-from dylo_moe.row_cache import can_pad
 from dylo_moe.routes.tally import Observation
+from dylo_moe.row_cache import can_pad
 
 ALL_LAYERS = "all layers"
 
