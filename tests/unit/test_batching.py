@@ -11,8 +11,8 @@ import torch
 from transformers import AutoModelForCausalLM, MistralConfig
 
 from dylo_moe import PeftMoEDecoder
-from dylo_moe.batch import Request
-from dylo_moe.batching import DEFAULT_ROWS, Queue, is_out_of_memory
+from dylo_moe.batch import Batch, Request
+from dylo_moe.batching import DEFAULT_ROWS, SMALL, STEPS_BETWEEN_LOOKS, Queue, is_out_of_memory
 from dylo_moe.completions import Wanted
 from dylo_moe.errors import OptionError, OutOfMemory
 from dylo_moe.routes.observing import Tokens, observe
@@ -147,6 +147,42 @@ def test_rows_that_have_ended_leave_the_batch_and_others_take_their_place(base):
     assert steps < len(rows) / 1.5
 
 
+def test_large_batch_is_looked_at_every_few_tokens_and_writes_no_other_text_and_none_beyond_the_positions(tmp_path):
+    decoder = build(write_base(tmp_path / "base", "gpt2"), batch_size=12, temperature=0.8, max_new_tokens=30)
+    positions = 40
+    wpe = decoder.model.transformer.wpe
+    wpe.weight = torch.nn.Parameter(wpe.weight[:positions])  # one more would be an error
+    decoder.model.config.n_positions = positions
+    decoder.eos = ["q", "\n"]
+    wanted = [Wanted("#a" * (1 + number // 2), "router", number) for number in range(24)]
+    rows, ticks = [], []
+    decoder.model.lm_head.register_forward_hook(lambda module, inputs, output: rows.append(len(output)))
+    done = list(decoder.complete_many(wanted, do_sample=True, tick=ticks.append))
+    found = {one.wanted: one.text for one in done}
+    assert max(rows) == 12 > SMALL and STEPS_BETWEEN_LOOKS > 1
+    assert sum(ticks) == sum(one.tokens for one in done)
+    limits = [min(30, positions - decoder.encode(one.wanted.prompt).shape[1]) for one in done]
+    assert all(one.tokens <= limit for one, limit in zip(done, limits, strict=True))
+    assert len({limit for one, limit in zip(done, limits, strict=True) if one.tokens == limit}) > 1
+    assert found == alone(decoder, wanted)
+    assert len(set(found.values())) == len(wanted), "each sample has its own draws"
+
+
+def test_padding_is_a_token_that_the_row_has(base):
+    decoder = build(base, temperature=0)
+    requests = [
+        Request(tuple(range(start, start + length)), (None,), 3) for start, length in ((40, 3), (60, 6), (90, 2), (20, 8))
+    ]
+    batch, other = Batch(decoder._setting(), requests[:3]), Batch(decoder._setting(), requests[3:])
+    for one in (batch, other):
+        one.advance(1)
+    batch.join(other)
+    for text, row, mask in zip(batch.texts, batch.ids.tolist(), batch.mask.tolist(), strict=True):
+        length = sum(mask)
+        assert row[-length:] == [*text.request.prompt, *text.tokens]
+        assert set(row[:-length]) <= {text.request.prompt[0]} and mask == [0] * (9 - length) + [1] * length
+
+
 def test_completions_that_must_be_the_same_are_written_once(base, tmp_path):
     path = write_checkpoint(tmp_path / "checkpoint", base, num_experts=2)
     decoder = build(path, batch_size=64, temperature=0)
@@ -220,6 +256,13 @@ def test_batch_that_did_not_fit_is_halved_until_one_request_is_alone():
     assert sizes == [8, 4, 2]
     with pytest.raises(OutOfMemory, match="10 tokens and up to 10 new ones"):
         queue.split()
+
+
+def test_split_keeps_those_that_wait():
+    queue = Queue([request(n) for n in (9, 8, 7, 6, 5)], rows=2)
+    queue.take(same_length=False)
+    queue.split()
+    assert (queue.current, [len(r.prompt) for r in queue.waiting]) == ([], [9, 8, 7, 6, 5])
 
 
 def test_rows_of_one_length_only_where_a_model_cannot_be_padded():
