@@ -170,8 +170,8 @@ def test_first_tasks_of_both_benchmarks_in_one_run(planted, call, first):
     }
     assert (known["generation"]["new_samples"], other["generation"]["new_samples"]) == (2, 6)
     assert call.loads == [str(planted.base)], "one load serves both benchmarks"
-    document, printed = call(*options, "--json")
-    assert json.loads(printed) == document
+    document, as_json = call(*options, "--json")
+    assert json.loads(as_json) == document
     again = document["benchmarks"]["mbpp"]["generation"]
     assert (again["new_samples"], again["samples_per_second"], call.loads) == (0, None, [])
     assert known["comparisons"][0]["verdict"] == "too few tasks" and "no outcome could be significant" in printed

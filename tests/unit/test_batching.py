@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import subprocess
 import sys
+from itertools import pairwise
 
 import numpy as np
 import pytest
@@ -12,7 +13,7 @@ from transformers import AutoModelForCausalLM, MistralConfig
 
 from dylo_moe import PeftMoEDecoder
 from dylo_moe.batch import Batch, Request
-from dylo_moe.batching import DEFAULT_ROWS, SMALL, STEPS_BETWEEN_LOOKS, Queue, is_out_of_memory
+from dylo_moe.batching import DEFAULT_ROWS, PREFILL_CELLS, SMALL, STEPS_BETWEEN_LOOKS, Queue, is_out_of_memory
 from dylo_moe.completions import Wanted
 from dylo_moe.errors import OptionError, OutOfMemory
 from dylo_moe.routes.observing import Tokens, observe
@@ -110,6 +111,20 @@ def test_rows_of_a_sliding_window_cache_come_and_go(sliding):
     assert len({len(text) for text in found.values()}) > 2
 
 
+@pytest.mark.parametrize("first", [3, 40])
+def test_longer_or_shorter_rows_join_a_sliding_window_cache(sliding, first):
+    setting = build(sliding, temperature=0, max_new_tokens=12)._setting()
+    requests = [Request(tuple(range(20, 20 + length)), (None,), 12) for length in (first, 43 - first)]
+    lonely = [Batch(setting, [request]) for request in requests]
+    batch, other = (Batch(setting, [request]) for request in requests)
+    for one in (*lonely, batch, other):
+        one.advance(1)
+    batch.join(other)
+    for one in (*lonely, batch):
+        one.advance(9)
+    assert [text.tokens for text in batch.texts] == [one.texts[0].tokens for one in lonely]
+
+
 def test_two_sliding_caches_keep_their_rows_in_step(sliding, tmp_path):
     path = write_checkpoint(tmp_path / "checkpoint", sliding, num_experts=3, features="base")
     wanted = [Wanted(prompt, strategy, 0) for prompt in PROMPTS for strategy in ("router", "single:2")]
@@ -136,15 +151,15 @@ def test_attention_that_cannot_be_padded_in_float64_is_not_padded(base, tmp_path
 def test_rows_that_have_ended_leave_the_batch_and_others_take_their_place(base):
     decoder = build(base, batch_size=4, temperature=0, max_new_tokens=30)
     decoder.eos = ["a", "e", "\n"]
-    rows = []
-    decoder.model.lm_head.register_forward_hook(lambda module, inputs, output: rows.append(len(output)))
+    passes = []
+    decoder.model.model.embed_tokens.register_forward_hook(lambda module, inputs, output: passes.append(output.shape[:2]))
     wanted = [Wanted(f"{PROMPTS[0]}{'#' * number}", "router", 0) for number in range(12)]
-    found = together(decoder, wanted)
-    assert max(rows) <= 4
-    steps = len(rows)
-    rows.clear()
-    assert alone(decoder, wanted) == found
-    assert steps < len(rows) / 1.5
+    done = list(decoder.complete_many(wanted, do_sample=False))
+    rows = [rows for rows, _ in passes]
+    assert max(rows) == 4
+    assert sum(rows) == sum(one.tokens for one in done), "no row stays longer than its text needs"
+    assert any(columns > 1 and after > rows for (rows, columns), (after, _) in pairwise(passes)), "rows join those under way"
+    assert alone(decoder, wanted) == {one.wanted: one.text for one in done}
 
 
 def test_large_batch_is_looked_at_every_few_tokens_and_writes_no_other_text_and_none_beyond_the_positions(tmp_path):
@@ -256,6 +271,11 @@ def test_batch_that_did_not_fit_is_halved_until_one_request_is_alone():
     assert sizes == [8, 4, 2]
     with pytest.raises(OutOfMemory, match="10 tokens and up to 10 new ones"):
         queue.split()
+
+
+def test_prompts_of_one_pass_are_as_many_as_its_attention_may_take():
+    queue = Queue([request(PREFILL_CELLS // 2) for _ in range(3)], rows=8)
+    assert [len(queue.take(same_length=False)) for _ in range(3)] == [2, 1, 0]
 
 
 def test_split_keeps_those_that_wait():
