@@ -5,7 +5,10 @@ from __future__ import annotations
 import ipaddress
 import logging
 import os
+import secrets
 import socket
+import subprocess
+import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -16,6 +19,7 @@ from urllib.parse import urlsplit
 from dylo_moe.errors import ClusterError, OptionError
 
 CONNECT_SECONDS = 10.0
+PROBE_SECONDS = 60.0
 # Ray takes 127.0.0.1 for this machine's outer address, but leaves the rest of 127.0.0.0/8 alone; see docs/findings.md.
 LOOPBACK = "127.0.0.2"
 _FORMS = "HOST:PORT, ray://HOST:PORT, auto or local"
@@ -44,7 +48,7 @@ def connected(address: str) -> Iterator[Slots]:
             RAY_ADDRESS names or that this machine belongs to, "local" for one of this machine alone, started now.
 
     Raises:
-        OptionError: Ray is not installed; no such form of address; an address beyond this machine without a token.
+        OptionError: Ray is not installed; no such form of address; beyond this machine, no token here or none demanded there.
         ClusterError: no cluster answers there, or it has neither processors nor GPUs.
     """
     try:
@@ -63,8 +67,8 @@ def connected(address: str) -> Iterator[Slots]:
     except (ConnectionError, RuntimeError, ValueError, ray.exceptions.RayError) as error:
         raise ClusterError(f"{address}: no Ray cluster there, or one with another token than here: {error}") from None
     try:
-        if address == "auto":
-            _require_token(ray.get_runtime_context().gcs_address)
+        if address != "local":
+            _require_demanded(address, ray.get_runtime_context().gcs_address)
         yield find_slots([node["Resources"] for node in ray.nodes() if node["Alive"]], address)
     finally:
         ray.shutdown()
@@ -118,6 +122,28 @@ def _require_token(address: str, host: str | None = None) -> None:
     has_token = os.environ.get("RAY_AUTH_TOKEN") or any(path and Path(path).is_file() for path in paths)
     if os.environ.get("RAY_AUTH_MODE", "").lower() != "token" or not has_token:
         raise OptionError(f"{address}: whoever reaches a Ray cluster without a token runs code on it; {_TOKEN}")
+
+
+def _require_demanded(address: str, gcs_address: str) -> None:
+    """Ray takes a client that has a token also where none is demanded, and there it takes everybody."""
+    if address == "auto":
+        _require_token(gcs_address)
+        address = gcs_address
+    host = urlsplit(address if "://" in address else f"gcs://{address}").hostname
+    if not _is_loopback(address, host) and takes_any_token(gcs_address):
+        raise OptionError(f"{address}: this Ray cluster takes any token, so whoever reaches it runs code on it; {_TOKEN}")
+
+
+def takes_any_token(gcs_address: str) -> bool:
+    """Whether a cluster answers to a token that nobody has given it. False also where it does not answer at all."""
+    environment = {name: value for name, value in os.environ.items() if name != "RAY_AUTH_TOKEN_PATH"}
+    environment |= {"RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN": secrets.token_hex(16)}
+    command = [sys.executable, "-m", "ray.scripts.scripts", "health-check", "--address", gcs_address]
+    try:
+        done = subprocess.run(command, env=environment, capture_output=True, timeout=PROBE_SECONDS, check=False)
+    except subprocess.TimeoutExpired:
+        return False
+    return done.returncode == 0
 
 
 def _is_loopback(address: str, host: str) -> bool:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import os
+import secrets
 import threading
 import time
 from contextlib import nullcontext
@@ -11,7 +13,7 @@ from pathlib import Path
 import pytest
 
 from dylo_moe import spreading
-from dylo_moe.cluster import LOOPBACK, Slots, connected
+from dylo_moe.cluster import LOOPBACK, Slots, connected, takes_any_token
 from dylo_moe.errors import ClusterError
 from dylo_moe.evalplus import plan_generation
 from dylo_moe.spreading import generate_samples
@@ -92,6 +94,12 @@ def test_machine_lost_in_the_middle_changes_nothing(machines, checkpoint, tmp_pa
     assert list(files) == list(STRATEGIES)
     assert exports(place) == exports(tmp_path / "one")
     assert len(exports(place)) == 3 * len(STRATEGIES)
+
+
+def test_token_that_nobody_gave_the_cluster_is_refused_by_it(machines, monkeypatch):
+    assert not takes_any_token(machines[0].address)
+    monkeypatch.setattr(secrets, "token_hex", lambda _: os.environ["RAY_AUTH_TOKEN"])
+    assert takes_any_token(machines[0].address), "this one it takes"
 
 
 def test_worker_that_finds_no_place_is_not_waited_for(machines, checkpoint, tmp_path, monkeypatch):
