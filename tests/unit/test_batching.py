@@ -9,15 +9,15 @@ from itertools import pairwise
 import numpy as np
 import pytest
 import torch
-from transformers import AutoModelForCausalLM, MistralConfig
+from transformers import AutoModelForCausalLM, GenerationConfig, MistralConfig
 
 from dylo_moe import PeftMoEDecoder
 from dylo_moe.batch import Batch, Request
-from dylo_moe.batching import DEFAULT_ROWS, PREFILL_CELLS, SMALL, STEPS_BETWEEN_LOOKS, Queue, is_out_of_memory
+from dylo_moe.batching import DEFAULT_ROWS, SMALL, STEPS_BETWEEN_LOOKS
 from dylo_moe.completions import Wanted
-from dylo_moe.errors import OptionError, OutOfMemory
+from dylo_moe.errors import OptionError
+from dylo_moe.penalties import Penalties
 from dylo_moe.routes.observing import Tokens, observe
-from dylo_moe.routing import ADAPTERS_OFF
 from fixtures.routed import write_routed
 from harness.specimens import write_base, write_checkpoint
 from tests.unit.runtime.tiny_peft import write_adapter
@@ -109,6 +109,59 @@ def test_rows_of_a_sliding_window_cache_come_and_go(sliding):
     found = together(decoder, wanted)
     assert found == alone(decoder, wanted)
     assert len({len(text) for text in found.values()}) > 2
+
+
+def prompt(start, length):
+    return tuple(range(start, start + length))
+
+
+@pytest.mark.parametrize("features", ["base", "layer"])
+def test_rows_of_the_router_stay_its_own_while_others_leave_and_join(base, tmp_path, features):
+    path = write_checkpoint(tmp_path / "checkpoint", base, num_experts=3, features=features)
+    setting = build(path, temperature=0, dtype="float64", attn_implementation="sdpa")._setting()
+    first = [Request(prompt(20, 5), (1,), 12), Request(prompt(40, 9), (None,), 2), Request(prompt(60, 7), (2,), 12)]
+    first += [Request(prompt(80, 4), (None,), 12), Request(prompt(90, 8), (None,), 12)]
+    later = [Request(prompt(15, 30), (0,), 12)], [Request(prompt(30, 3), (None,), 12)]
+    lonely = {request: Batch(setting, [request]) for request in (*first, *later[0], *later[1])}
+    for one in lonely.values():
+        one.advance(8)
+    batch = Batch(setting, first)
+    batch.advance(3)
+    batch.shrink()
+    assert [text.request for text in batch.texts] == [first[0], *first[2:]]
+    for requests in later:
+        joining = Batch(setting, requests)
+        joining.advance(1)
+        batch.join(joining)
+    batch.advance(5)
+    for text in batch.texts:
+        expected = lonely[text.request].texts[0].tokens[: len(text.tokens)]
+        assert text.tokens == expected and len(text.tokens) > 5
+
+
+@pytest.mark.parametrize("longer", [0, 1])
+def test_rows_with_and_without_features_join(base, tmp_path, longer):
+    path = write_checkpoint(tmp_path / "checkpoint", base, num_experts=3, features="base")
+    setting = build(path, temperature=0)._setting()
+    requests = [Request(prompt(20, 12 if longer == 0 else 4), (1,), 8), Request(prompt(50, 12 if longer else 4), (None,), 8)]
+    for order in (requests, requests[::-1]):
+        lonely, (batch, other) = ([Batch(setting, [request]) for request in order] for _ in range(2))
+        for one in (*lonely, batch, other):
+            one.advance(1)
+        batch.join(other)
+        for one in (*lonely, batch):
+            one.advance(6)
+        assert [text.tokens for text in batch.texts] == [one.texts[0].tokens for one in lonely]
+
+
+def test_penalties_see_the_tokens_of_their_row_and_not_its_padding():
+    ids, mask = torch.tensor([[9, 9, 9], [4, 9, 4], [5, 6, 7]]), torch.tensor([[0, 0, 1], [1, 1, 1], [1, 1, 1]])
+    scores = torch.ones(3, 12)
+    twice = Penalties(GenerationConfig(no_repeat_ngram_size=2))(ids, mask, scores)
+    assert [row.isinf().nonzero().flatten().tolist() for row in twice] == [[], [9], []]
+    both = Penalties(GenerationConfig(no_repeat_ngram_size=2, repetition_penalty=2.0))(ids, mask, scores)
+    assert [row.isinf().nonzero().flatten().tolist() for row in both] == [[], [9], []]
+    assert [(row == 0.5).nonzero().flatten().tolist() for row in both] == [[9], [4], [5, 6, 7]]
 
 
 @pytest.mark.parametrize("first", [3, 40])
@@ -245,63 +298,6 @@ def test_generation_configuration_that_a_batch_cannot_follow_is_refused(base):
 def test_rows_per_batch_are_chosen_for_the_device(base):
     decoder = build(base, batch_size=None)
     assert decoder.batch_size == DEFAULT_ROWS[decoder.device.type]
-
-
-def request(length, rows=1, limit=10):
-    return Request((1,) * length, (None,) * rows, limit)
-
-
-def test_longest_prompts_come_first_and_a_batch_has_no_more_rows_than_asked():
-    queue = Queue([request(n) for n in (3, 9, 5)], rows=2)
-    assert [len(r.prompt) for r in queue.take(same_length=False)] == [9, 5]
-    assert queue.take(same_length=False) == []
-
-
-def test_request_with_more_rows_than_a_batch_gets_its_own():
-    queue = Queue([request(5, rows=4), request(3)], rows=2)
-    assert [len(r.routes) for r in queue.take(same_length=False)] == [4]
-
-
-def test_batch_that_did_not_fit_is_halved_until_one_request_is_alone():
-    queue = Queue([request(10) for _ in range(8)], rows=8)
-    sizes = []
-    while len(taken := queue.take(same_length=False)) > 1:
-        sizes.append(len(taken))
-        queue.split()
-    assert sizes == [8, 4, 2]
-    with pytest.raises(OutOfMemory, match="10 tokens and up to 10 new ones"):
-        queue.split()
-
-
-def test_prompts_of_one_pass_are_as_many_as_its_attention_may_take():
-    queue = Queue([request(PREFILL_CELLS // 2) for _ in range(3)], rows=8)
-    assert [len(queue.take(same_length=False)) for _ in range(3)] == [2, 1, 0]
-
-
-def test_split_keeps_those_that_wait():
-    queue = Queue([request(n) for n in (9, 8, 7, 6, 5)], rows=2)
-    queue.take(same_length=False)
-    queue.split()
-    assert (queue.current, [len(r.prompt) for r in queue.waiting]) == ([], [9, 8, 7, 6, 5])
-
-
-def test_rows_of_one_length_only_where_a_model_cannot_be_padded():
-    queue = Queue([request(n) for n in (5, 5, 4)], rows=8)
-    assert [len(r.prompt) for r in queue.take(same_length=True)] == [5, 5]
-
-
-def test_errors_of_memory_are_told_from_others():
-    assert is_out_of_memory(torch.OutOfMemoryError("x")) and is_out_of_memory(MemoryError())
-    with pytest.raises(RuntimeError) as caught:
-        torch.empty(2**60)
-    assert is_out_of_memory(caught.value)
-    with pytest.raises(RuntimeError) as caught:
-        torch.ones(2, 3) @ torch.ones(2, 3)
-    assert not is_out_of_memory(caught.value)
-
-
-def test_requests_differ_by_what_is_written():
-    assert len({request(3), request(3), Request((1,) * 3, (ADAPTERS_OFF,), 10), Request((1,) * 3, (None,), 10, seed=1)}) == 3
 
 
 LIMITED = """
