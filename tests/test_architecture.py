@@ -45,6 +45,7 @@ JUDGED_ORDER = (
     "paired_cache",
     "pair_cost",
     "guessing",
+    "sight",
     "row_routes",
     "routing",
     "expert",

@@ -156,7 +156,7 @@ class Guesses:
             self._is_over = True
         if self._is_over or self._causal_lm.training or self._causal_lm.get_output_embeddings() is None:
             return False
-        if torch.is_grad_enabled() or torch.is_inference_mode_enabled() or torch.compiler.is_compiling():
+        if torch.is_grad_enabled() or torch.is_inference_mode_enabled():
             return False
         if any(value is not None and value is not False for name, value in step.items() if name not in _INPUTS):
             return False

@@ -6,14 +6,12 @@ import inspect
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from enum import Enum
-from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor, nn
-from transformers import Cache, DynamicCache, PreTrainedModel
+from transformers import PreTrainedModel
 
-from dylo_moe.caches import feature_half
 from dylo_moe.errors import RoutingError
 from dylo_moe.formats.checkpoint import ROUTER_FEATURES
 from dylo_moe.guessing import Guesses
@@ -21,12 +19,7 @@ from dylo_moe.held import Held, only_known_code
 from dylo_moe.pair_cost import PairCost
 from dylo_moe.routed import Mixture, Route, RoutedCheckpoint, RoutedLinear
 from dylo_moe.row_routes import RowRoutes
-
-# What only the full model understands; the decoder below its head gets the rest.
-_HEAD_ARGUMENTS = ("labels", "logits_to_keep", "num_items_in_batch", "return_dict")
-_RECORDING_ARGUMENTS = ("output_hidden_states", "output_attentions", "output_router_logits")
-# Features that a pass of their own makes -> the weight of every expert in it.
-_FEATURE_WEIGHTS = {"base": 0.0, "all_experts": 1.0}
+from dylo_moe.sight import Sight
 
 
 class Off(Enum):
@@ -53,7 +46,7 @@ class Routing:
     Attributes:
         last_weights: of the last pass, detached.
         pair_cost: says when a generation guesses tokens ahead (see guessing.py); None: never.
-        guesses: of the last generation with features that take a pass of their own.
+        guesses: of the last generation in which some may have been made.
     """
 
     def __init__(self, causal_lm: PreTrainedModel, mixture: Mixture, router: nn.Module | None, features: str) -> None:
@@ -66,7 +59,8 @@ class Routing:
         self.last_weights: Tensor | None = None
         self.pair_cost: PairCost | None = PairCost(causal_lm)
         self.guesses: Guesses | None = None
-        self._is_guessing = False
+        self._sight = Sight(causal_lm, mixture, features)
+        self._guessing: Guesses | None = None  # of the generation under way
         self._routed_by_router = False
         self._recordings: list[list[Tensor]] = []
         self._takes_positions = "position_ids" in inspect.signature(causal_lm.forward).parameters
@@ -108,26 +102,24 @@ class Routing:
 
         model: all modules that take part.
         """
-        previous, was_guessing = self.mixture.held, self._is_guessing
+        previous, outer = self.mixture.held, self._guessing
         self.mixture.held = Held() if only_known_code(model, options) else None
-        self._is_guessing = self.mixture.held is not None and self._start_guessing()
+        guessing = None if self.mixture.held is None else self._new_guesses()
+        self._guessing, self.guesses = guessing, guessing or self.guesses
         try:
             yield
         finally:
-            if self._is_guessing:
-                self.guesses.finish()
-            self.mixture.held, self._is_guessing = previous, was_guessing
+            if guessing is not None:
+                guessing.finish()
+            self.mixture.held, self._guessing = previous, outer
 
-    def _start_guessing(self) -> bool:
-        weight = _FEATURE_WEIGHTS.get(self.features)
-        if weight is None or self.router is None or self.pair_cost is None or not self._takes_positions:
-            return False
+    def _new_guesses(self) -> Guesses | None:
+        """For a generation in which only known code runs."""
+        if self.pair_cost is None or self.router is None or not self._takes_positions:
+            return None
         if self.needs_whole_pass:  # a token more in the pass would change every token's weights
-            return False
-        if self.mixture.shared is not None and weight == 0:  # rows of weight 0 would still have the shared adapter
-            return False
-        self.guesses = Guesses(self.causal_lm, self.mixture, weight, self.pair_cost)
-        return True
+            return None
+        return self._sight.guesses(self.pair_cost)
 
     @contextmanager
     def recording(self) -> Iterator[list[Tensor]]:
@@ -165,12 +157,12 @@ class Routing:
         route = self._route(given, kwargs, rows, length)
         if not isinstance(route, nn.Module):  # per-layer weights are known when the pass is over
             self._note(self._as_weights(route, rows, length))
-        self.mixture.enter(self.guesses.widened(route, kwargs) if self._guesses_here else route)
+        guesses = self._guesses_here()
+        self.mixture.enter(route if guesses is None else guesses.widened(route, kwargs))
         return (), kwargs
 
-    @property
-    def _guesses_here(self) -> bool:
-        return self._is_guessing and self._routed_by_router and not torch.compiler.is_compiling()
+    def _guesses_here(self) -> Guesses | None:
+        return self._guessing if self._routed_by_router and not torch.compiler.is_compiling() else None
 
     def _route(self, given: Forced, kwargs: dict[str, Any], rows: int, length: int) -> Route:
         if given is None:
@@ -190,7 +182,8 @@ class Routing:
         if isinstance(route, nn.Module) and self.mixture.layer_weights:
             by_layer, self.mixture.layer_weights = self.mixture.layer_weights, {}
             self._note(torch.stack([by_layer[index] for index in sorted(by_layer)], dim=2))
-        return self.guesses.narrowed(output) if self._guesses_here else output
+        guesses = self._guesses_here()
+        return output if guesses is None else guesses.narrowed(output)
 
     def _note(self, weights: Tensor) -> None:
         self.last_weights = weights.detach()
@@ -242,56 +235,11 @@ class Routing:
             raise RoutingError("this model has no router: give routing_weights, expert_id or a strategy")
         if self.features == "layer":
             return self.router
-        if self.features == "embedding":
-            return self.router(self._embeddings(kwargs))
         if self.needs_whole_pass:
             if kwargs.get("past_key_values") is not None:
                 raise RoutingError("the router weighs a token by all tokens of the pass: no past_key_values, but use_cache=False")
             kwargs["use_cache"] = False
-        return self.router(self._decoder_features(kwargs))
-
-    def _embeddings(self, kwargs: dict[str, Any]) -> Tensor:
-        if kwargs.get("inputs_embeds") is not None:
-            return kwargs["inputs_embeds"]
-        with self.mixture.using(None):  # experts may have embeddings of their own; the router sees the base's
-            return self.causal_lm.get_input_embeddings()(kwargs["input_ids"])
-
-    @torch.no_grad()
-    def _decoder_features(self, kwargs: dict[str, Any]) -> Tensor:
-        """Last hidden state after the final norm, (B, S, hidden), of a pass with no expert or with all of them.
-
-        Without gradient, as in X-LoRA: the base is frozen, and the router learns through its own gate.
-        """
-        cache = self._cache(kwargs)
-        if cache is None:
-            return self._feature_pass(kwargs, None)
-        kwargs["past_key_values"] = cache
-        half = feature_half(cache, self.causal_lm.config.num_hidden_layers)
-        if self._guesses_here:
-            return self.guesses.features(kwargs, half, partial(self._feature_pass, kwargs))
-        return self._feature_pass(kwargs, half)
-
-    def _feature_pass(self, kwargs: dict[str, Any], cache: Cache | None) -> Tensor:
-        """cache: for this pass; None to keep nothing."""
-        ignored = (*_HEAD_ARGUMENTS, *_RECORDING_ARGUMENTS, "past_key_values")
-        arguments = {name: value for name, value in kwargs.items() if name not in ignored}
-        if cache is None:
-            arguments["use_cache"] = False
-        else:
-            arguments["past_key_values"] = cache
-        route = None
-        if self.features == "all_experts":
-            route = torch.ones(1, 1, self.mixture.num_experts, device=self.causal_lm.device)
-        with self.mixture.using(route):
-            return self.causal_lm.base_model(**arguments, return_dict=True).last_hidden_state
-
-    def _cache(self, kwargs: dict[str, Any]) -> Any:
-        if kwargs.get("past_key_values") is not None:
-            return kwargs["past_key_values"]
-        wanted = kwargs.get("use_cache")
-        if wanted is None:
-            wanted = getattr(self.causal_lm.config, "use_cache", False) and not self.causal_lm.training
-        return DynamicCache(config=self.causal_lm.config) if wanted else None
+        return self.router(self._sight.of(kwargs, self._guesses_here()))
 
     def _bind_checkpointing(self) -> None:
         # However checkpointing was switched on (ours, transformers', PEFT's or the Trainer's way), it ends up in this attribute.
