@@ -19,7 +19,7 @@ NEW_TOKENS = 128
 ONE_PASS_GOAL = 1.06
 TWO_PASS_GOAL = 1.5
 TWO_PASS_BOUND = 2.0  # where every guess is wrong
-WEAK = 1  # an expert's alpha with which nearly every guess is right
+WEAK, STRONG = 0.05, 16.0  # experts with which nearly every guess is right, and hardly any
 XLORA_GOAL = 15.0
 AT_ONCE_GOALS = {4: 0.5, 8: 0.4}
 
@@ -35,8 +35,9 @@ def two_passes(quick: bool) -> Iterator[Cell]:
     """generate with features `base` / generate of the base model: with experts that change few tokens, and nearly all."""
     for dtype in ("float32",) if quick else ("bfloat16", "float32"):
         shape = Shape(512 if quick else 1024, features="base", dtype=dtype)
-        yield from _beside_base("generate, features base", replace(shape, alpha=WEAK), TWO_PASS_GOAL, quick)
-        yield from _beside_base("generate, features base, wrong guesses", shape, TWO_PASS_BOUND, quick)
+        yield from _beside_base("generate, features base", replace(shape, strength=WEAK), TWO_PASS_GOAL, quick)
+        strong = replace(shape, strength=STRONG)
+        yield from _beside_base("generate, features base, wrong guesses", strong, TWO_PASS_BOUND, quick)
 
 
 def _beside_base(group: str, shape: Shape, factor: float, quick: bool) -> Iterator[Cell]:

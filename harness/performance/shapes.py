@@ -26,8 +26,11 @@ LAYERS = {256: 2, 512: 6, 1024: 3, 2048: 2}
 
 @dataclass(frozen=True)
 class Shape:
-    """top_k: experts per token; None for dense weights. targets: "attention" or "all-linear". alpha: of every expert; small, and
-    the routed model predicts what the base does."""
+    """top_k: experts per token; None for dense weights. targets: "attention" or "all-linear".
+
+    strength: factor on the experts, whose deltas have a quarter of the base's norm without it; with a small one the routed model
+        predicts what the base does.
+    """
 
     hidden: int = 1024
     targets: str = "attention"
@@ -36,7 +39,7 @@ class Shape:
     features: str = "embedding"
     dtype: str = "float32"
     longest: int = 2048
-    alpha: int = 2 * RANK
+    strength: float = 1.0
 
     @property
     def active(self) -> int:
@@ -67,7 +70,11 @@ class Models:
 
     @cached_property
     def routed(self) -> nn.Module:
-        return load_checkpoint(self.checkpoint, dtype=self.shape.dtype).eval()
+        model = load_checkpoint(self.checkpoint, dtype=self.shape.dtype).eval()
+        for layer in model.routed_layers().values():
+            for expand in layer.lora_B.values():
+                expand.weight.data.mul_(self.shape.strength)
+        return model
 
     def ids(self, tokens: int, rows: int = 1) -> Tensor:
         generator = torch.Generator().manual_seed(tokens)
@@ -108,7 +115,7 @@ class Models:
 
 def write_models(directory: Path, shape: Shape) -> Models:
     base, top_k = _write_base(directory / "base", shape), shape.active
-    options = {"targets": shape.targets, "ranks": (RANK,), "alphas": (shape.alpha,), "num_experts": shape.experts}
+    options = {"targets": shape.targets, "ranks": (RANK,), "alphas": (2 * RANK,), "num_experts": shape.experts}
     checkpoint = write_checkpoint(directory / "moe", base, features=shape.features, top_k=top_k, dtype=shape.dtype, **options)
     return Models(shape, base, checkpoint)
 
