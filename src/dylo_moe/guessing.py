@@ -25,11 +25,11 @@ from dylo_moe.routed import Mixture
 # What a step may have been given; with anything else it runs in two passes.
 _INPUTS = {"input_ids", "attention_mask", "position_ids", "past_key_values", "use_cache", "return_dict", "logits_to_keep"}
 
-# How fast the chance of a right guess follows what happens, and how fast it grows again where nothing is guessed: then one step
-# in a dozen is tried.
+# How fast the chance of a right guess follows what happens, and how fast it grows again where nothing is guessed: of guesses that
+# are always wrong half a dozen are made, and then one in about twenty steps.
 _FIRST_CHANCE = 0.9
-_FOLLOWS = 0.1
-_RECOVERS = 0.002
+_FOLLOWS = 0.2
+_RECOVERS = 0.003
 
 
 @dataclass(frozen=True)
@@ -79,6 +79,7 @@ class Guesses:
         self._planned: Guess | None = None  # the next step, to be run beside this one
         self._last_ids: Tensor | None = None
         self._filled: Tensor | None = None  # which rows have ended, (B, 1)
+        self._is_running = False
         self._caught: list[Tensor] = []
         self._catching: RemovableHandle | None = None
         self._is_over = False  # somebody else works on the cache
@@ -100,8 +101,8 @@ class Guesses:
         pays = self._cost.pays(len(step["input_ids"]), self._chance)
         if not is_right and not pays:
             self._chance = min(1.0, self._chance + _RECOVERS)
-            self._paired = None
-            return run(half)
+            if self._paired is None:
+                return run(half)
         if self._paired is None:
             self._paired = PairedCache(step["past_key_values"])
         features = expected.features if is_right else run(self._paired.feature_rows())
@@ -109,14 +110,16 @@ class Guesses:
         if pays:
             logits = expected.logits if is_right else self._logits(features)
             self._planned = self._guess(step, logits, right)
-        else:
-            self._paired = None
         return features
 
     def widened(self, weights: Tensor, step: dict[str, Any]) -> Tensor:
-        """The weights of this step's routed rows, (B, 1, ...), and below them those of the guess, which joins the step."""
+        """The weights of this step's routed rows, (B, 1, ...), and below them those of the guess that joins the step, if any."""
         guess = self._planned
+        if self._paired is None:
+            return weights
+        self._is_running = True
         if guess is None:
+            step["past_key_values"] = self._paired.routed_rows()
             return weights
         ids, masks = step["input_ids"], (step.get("attention_mask"), guess.mask)
         if guess.mask is None:
@@ -130,18 +133,19 @@ class Guesses:
 
     def narrowed(self, output: Any) -> Any:
         """What the step's own rows gave; what the guess gave is kept. output: of the pass, None if it failed."""
-        if self._catching is None:
+        if not self._is_running:
             return output
-        self._catching.remove()
-        self._catching = None
-        guess, caught = self._planned, self._caught.pop() if self._caught else None
-        self._planned = None
+        guess, self._planned, self._is_running = self._planned, None, False
+        if guess is not None:
+            self._catching.remove()
         if output is None:
             return None
-        rows = len(guess.ids)
         self._paired.show_routed()
-        self._expected = replace(guess, features=caught[rows:], logits=output.logits[rows:, -1])
-        output.logits, output.past_key_values = output.logits[:rows], self._paired.cache
+        output.past_key_values = self._paired.cache
+        if guess is not None:
+            rows, hidden = len(guess.ids), self._caught.pop()
+            self._expected = replace(guess, features=hidden[rows:], logits=output.logits[rows:, -1])
+            output.logits = output.logits[:rows]
         return output
 
     def finish(self) -> None:

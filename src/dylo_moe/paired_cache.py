@@ -50,6 +50,11 @@ class PairedCache:
         self._reserve()
         return self._view([RoomyLayer.over(*pair.feature_rooms, self.length) for pair in self._pairs])
 
+    def routed_rows(self) -> Cache:
+        """For a pass over the routed rows' next token, (B, 1)."""
+        self._reserve()
+        return self._view([RoomyLayer.over(*pair.routed_rooms, self.length) for pair in self._pairs])
+
     def both_rows(self) -> Cache:
         """For a pass over the routed rows' next token and the feature rows' one after that, (2B, 1)."""
         self._reserve()
@@ -87,6 +92,10 @@ class _Pair:
         self._versions: list[int] = []
 
     @property
+    def routed_rooms(self) -> list[Tensor]:
+        return [room[: self.rows, :, 1:] for room in self.rooms]
+
+    @property
     def feature_rooms(self) -> list[Tensor]:
         return [room[self.rows :] for room in self.rooms]
 
@@ -96,7 +105,7 @@ class _Pair:
 
     def show(self, routed: int, features: int) -> None:
         """Numbers of tokens."""
-        self.routed.keys, self.routed.values = (room[: self.rows, :, 1 : routed + 1] for room in self.rooms)
+        self.routed.keys, self.routed.values = (room[:, :, :routed] for room in self.routed_rooms)
         self.features.keys, self.features.values = (room[:, :, :features] for room in self.feature_rooms)
         self._shown, self._versions = self._now(), [room._version for room in self.rooms]
 

@@ -315,17 +315,16 @@ def test_guesses_stop_where_they_keep_being_wrong_and_are_tried_again_now_and_th
     model = model_of(specimens)
     model.routing.pair_cost = cost = PairCost(model.causal_lm)
     cost._measured = {(1, torch.float64, torch.get_num_threads()): 1.05}
-    steps = 120
+    steps = 60
     tokens = torch.full((1, steps), 7)
     tokens[:, ::2] = 11
-    with model.routing.holding(model, {}), rows_of_passes(model) as passes:
-        run = Run(model, ids[:1])
-        for column in tokens.T:
-            run.step(column[:, None])
+    found, passes = guessed_run(model, ids[:1], tokens)
     guesses = model.routing.guesses
     assert guesses.right == 0
-    assert 5 < guesses.made < 25
+    assert 5 < guesses.made < 12
     assert len(passes) == 2 * (1 + steps)  # never a third pass
+    assert passes.count(2) == guesses.made + (passes[-1] == 2)
+    assert_same(found, plain_run(model, ids[:1], tokens)[0])
 
 
 def test_price_of_wide_batches_is_two_passes_where_products_are_no_cheaper(specimens):
