@@ -7,6 +7,7 @@ says why; 3 the judge itself failed; 4 nothing failed, but something required is
 from __future__ import annotations
 
 import argparse
+import gc
 import os
 import sys
 import traceback
@@ -74,6 +75,8 @@ def _judge(options: argparse.Namespace, laws: Sequence[Law], gate: Gate, command
     from harness import baseline, judging, report, verdict
     from harness.progress import Display
 
+    gc.collect()
+    gc.freeze()  # what is imported by now stays: no later collection has to walk through torch and transformers
     if options.update_baseline is not None:
         baseline.refuse_unfit_tree(Path.cwd())
     if options.wandb_artifact:
