@@ -25,7 +25,11 @@ from dylo_moe.sums import Sums
 def add_lean(result: Tensor, x: Tensor, spread: Spread, sums: Sums) -> Tensor:
     """As `add_dense`, of sums without a stack. result: (B, S, out), overwritten where autograd allows it.
 
-    x: (B, S, in), of any dtype; computed in the experts', or under autocast in autocast's.
+    x: (B, S, in), of any dtype; computed in the experts', or under autocast in autocast's. It can be differentiated twice;
+    transforms of torch.func and forward-mode derivatives are refused by torch.
+
+    Raises:
+        RoutingError: in a second derivative while no expert's A learns.
     """
     factors, dtype = spread.factors_of_tokens(sums.signature), _working_dtype(x, sums)
     return LeanSum.apply(result, x.flatten(0, -2), factors, dtype, *sums.shrinks, *sums.expands)
