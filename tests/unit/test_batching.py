@@ -251,6 +251,17 @@ def test_padding_is_a_token_that_the_row_has(base):
         assert set(row[:-length]) <= {text.request.prompt[0]} and mask == [0] * (9 - length) + [1] * length
 
 
+def test_ensemble_among_others_writes_what_generate_writes(base, tmp_path):
+    decoder = build(write_checkpoint(tmp_path / "checkpoint", base, num_experts=3), batch_size=8, temperature=0)
+    found = together(decoder, [Wanted(prompt, strategy, 0) for prompt in PROMPTS for strategy in ("single:0", "ensemble")])
+    for prompt in PROMPTS:
+        ids = decoder.encode(prompt)
+        written = decoder.model.generate(ids, strategy="ensemble", max_new_tokens=8, do_sample=False)[0, ids.shape[1] :]
+        text = found[Wanted(prompt, "ensemble", 0)]
+        assert text and decoder.tokenizer.decode(written).startswith(text)
+    assert any(found[Wanted(p, "ensemble", 0)] != found[Wanted(p, "single:0", 0)] for p in PROMPTS)
+
+
 def test_completions_that_must_be_the_same_are_written_once(base, tmp_path):
     path = write_checkpoint(tmp_path / "checkpoint", base, num_experts=2)
     decoder = build(path, batch_size=64, temperature=0)
