@@ -95,6 +95,16 @@ def test_gradients_equal_finite_differences():
     assert torch.autograd.gradcheck(lambda x, w, *_: layer.mix(x, w), (x, w, *parameters))
 
 
+def test_weights_of_a_pass_have_their_graph_after_a_layer_that_ran_without_one():
+    layer = make_layer()
+    x, w = torch.randn(1, 3, D_IN), torch.rand(1, 3, 3).requires_grad_()
+    with layer.mixture.using(w):
+        with torch.no_grad():
+            layer(x)
+        got = torch.autograd.grad(layer(x).sum(), w)[0]
+    torch.testing.assert_close(got, torch.autograd.grad(layer.mix(x, w).sum(), w)[0])
+
+
 def test_changed_parameters_change_the_result_at_once():
     layer = make_layer()
     x, w = torch.randn(2, 5, D_IN), torch.rand(2, 5, 3)
