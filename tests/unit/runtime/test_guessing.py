@@ -89,11 +89,10 @@ def plain_run(model, ids, tokens, mask=None, change=lambda run: None):
     return logits, passes
 
 
-def predicted(model, ids, mask=None):
-    """What the base goes on with, (rows, STEPS)."""
-    out = model.generate(
-        ids, attention_mask=mask, strategy="base", **{**GREEDY, "max_new_tokens": STEPS, "min_new_tokens": STEPS}
-    )
+def predicted(model, ids, mask=None, steps=STEPS):
+    """What the base goes on with, (rows, steps)."""
+    lengths = {"max_new_tokens": steps, "min_new_tokens": steps}
+    out = model.generate(ids, attention_mask=mask, strategy="base", **{**GREEDY, **lengths})
     return out[:, ids.shape[1] :]
 
 
@@ -117,6 +116,14 @@ def test_right_guesses_leave_one_pass_a_step(specimens, ids, features):
     assert plain == [3, 3] * (1 + STEPS)
     assert passes == [3, 3] + [3] + [6] * STEPS
     assert (guesses.made, guesses.right) == (STEPS - 1, STEPS - 1)
+
+
+def test_right_guess_is_kept_when_the_cache_needs_more_room(specimens, ids):
+    model = model_of(specimens)
+    tokens = predicted(model, ids[:1], steps=40)
+    found, passes = guessed_run(model, ids[:1], tokens)
+    assert passes == [1, 1] + [1] + [2] * 40
+    assert_same(found, plain_run(model, ids[:1], tokens)[0])
 
 
 @pytest.mark.parametrize("features", ["base", "all_experts"])
