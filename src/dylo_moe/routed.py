@@ -174,16 +174,16 @@ class RoutedLinear(LoraLinear):
             result = self._add_expert(result, x, self.mixture.shared, base)
         if isinstance(route, int):
             return self._add_expert(result, x, self.mixture.expert_names[route], base)
-        if not self.experts_here:
-            return result
-        return self._add_mixture(result, x, self._weights_here(route, x), base)
+        experts = self.experts_here
+        return self._add_mixture(result, x, self._weights_here(route, x), base, experts) if experts else result
 
     def mix(self, x: Tensor, weights: Tensor) -> Tensor:
         """The layer alone. x: (B, S, in); weights: (B, S, E), or (B, 1, E) for the whole sequence -> (B, S, out)."""
         base = result = self.base_layer(x)
         if self.mixture.shared is not None:
             result = self._add_expert(result, x, self.mixture.shared, base)
-        return self._add_mixture(result, x, weights, base)
+        experts = self.experts_here
+        return self._add_mixture(result, x, weights, base, experts) if experts else result
 
     def merge(self, safe_merge: bool = False, adapter_names: list[str] | None = None) -> None:
         raise RoutingError("a routed layer cannot be merged into the base; call detach_router first")
@@ -194,7 +194,7 @@ class RoutedLinear(LoraLinear):
     @property
     def experts_here(self) -> list[tuple[int, str]]:
         """(column of the routing weights, adapter name) of the experts that have an adapter on this layer."""
-        here = self.lora_A
+        here = self.lora_A._modules  # looked at in every pass; a ModuleDict's own methods take longer than a small product
         return [(e, name) for e, name in enumerate(self.mixture.expert_names) if name in here]
 
     def _weights_here(self, route: Tensor | nn.Module, x: Tensor) -> Tensor:
@@ -216,10 +216,9 @@ class RoutedLinear(LoraLinear):
         delta = self.lora_B[name](self.lora_A[name](self.lora_dropout[name](x))) * self.scaling[name]
         return (result + (delta.to(result.dtype) if self.rounds_delta else delta)).to(result.dtype)
 
-    def _add_mixture(self, result: Tensor, x: Tensor, weights: Tensor, base: Tensor) -> Tensor:
-        experts = self.experts_here
-        if not experts:
-            return result
+    def _add_mixture(
+        self, result: Tensor, x: Tensor, weights: Tensor, base: Tensor, experts: list[tuple[int, str]]
+    ) -> Tensor:
         self._check_shapes(x, weights)
         variants = [(e, name) for e, name in experts if name in self.lora_variant] if self.lora_variant else []
         sums = [expert for expert in experts if expert not in variants] if variants else experts
@@ -276,7 +275,7 @@ class RoutedLinear(LoraLinear):
         return not (own or watched or self.merged or self.disable_adapters or self.training)
 
     def _sums_now(self, experts: list[tuple[int, str]]) -> Sums:
-        lora_A, lora_B, scaling = self.lora_A, self.lora_B, self.scaling
+        lora_A, lora_B, scaling = self.lora_A._modules, self.lora_B._modules, self.scaling
         shrinks = [lora_A[name].weight for _, name in experts]
         signature = tuple((e, scaling[name], shrink.shape[0]) for (e, name), shrink in zip(experts, shrinks, strict=True))
         return Sums(signature, shrinks, [lora_B[name].weight for _, name in experts])
