@@ -84,6 +84,7 @@ JUDGED_ORDER = (
     "cluster",
     "workplace",
     "cluster_worker",
+    "crew",
     "spreading",
     "comparison",
     "truth",

@@ -9,6 +9,7 @@ import secrets
 import socket
 import subprocess
 import sys
+import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -22,6 +23,14 @@ CONNECT_SECONDS = 10.0
 PROBE_SECONDS = 60.0
 # Ray takes 127.0.0.1 for this machine's outer address, but leaves the rest of 127.0.0.0/8 alone; see docs/findings.md.
 LOOPBACK = "127.0.0.2"
+# The first question of a Ray client, alone: all of them take half a minute where the token is refused.
+_PING = """
+import sys
+from ray._private.grpc_utils import init_grpc_channel
+from ray.core.generated.ray_client_pb2 import ClusterInfoRequest, ClusterInfoType
+from ray.core.generated.ray_client_pb2_grpc import RayletDriverStub
+RayletDriverStub(init_grpc_channel(sys.argv[1])).ClusterInfo(ClusterInfoRequest(type=ClusterInfoType.PING), timeout=30)
+"""
 _FORMS = "HOST:PORT, ray://HOST:PORT, auto or local"
 _TOKEN = "set RAY_AUTH_MODE=token, and RAY_AUTH_TOKEN or RAY_AUTH_TOKEN_PATH, here and on every machine of the cluster"
 
@@ -63,7 +72,8 @@ def connected(address: str) -> Iterator[Slots]:
     if address == "local":
         options |= {"include_dashboard": False, "_node_ip_address": LOOPBACK}
     try:
-        ray.init(address=address, **options)
+        with warnings.catch_warnings(action="ignore"):  # of the Ray client, before it raises the same
+            ray.init(address=address, **options)
     except (ConnectionError, RuntimeError, ValueError, ray.exceptions.RayError) as error:
         raise ClusterError(f"{address}: no Ray cluster there, or one with another token than here: {error}") from None
     try:
@@ -130,20 +140,30 @@ def _require_demanded(address: str, gcs_address: str) -> None:
         _require_token(gcs_address)
         address = gcs_address
     host = urlsplit(address if "://" in address else f"gcs://{address}").hostname
-    if not _is_loopback(address, host) and takes_any_token(gcs_address):
-        raise OptionError(f"{address}: this Ray cluster takes any token, so whoever reaches it runs code on it; {_TOKEN}")
+    asked = address if address.startswith("ray://") else gcs_address
+    if not _is_loopback(address, host) and not refuses_unknown_token(asked):
+        why = "this Ray cluster does not refuse a token that nobody gave it, so whoever reaches it runs code on it"
+        raise OptionError(f"{address}: {why}; {_TOKEN}")
 
 
-def takes_any_token(gcs_address: str) -> bool:
-    """Whether a cluster answers to a token that nobody has given it. False also where it does not answer at all."""
+def refuses_unknown_token(address: str) -> bool:
+    """Whether a cluster says no to a token that nobody has given it. False also where it says nothing.
+
+    Args:
+        address: "ray://host:port" of its server for clients, which may be all of it that can be reached; else "host:port".
+    """
     environment = {name: value for name, value in os.environ.items() if name != "RAY_AUTH_TOKEN_PATH"}
     environment |= {"RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN": secrets.token_hex(16)}
-    command = [sys.executable, "-m", "ray.scripts.scripts", "health-check", "--address", gcs_address]
+    if address.startswith("ray://"):
+        asking = ["-c", _PING, address.removeprefix("ray://")]
+    else:
+        asking = ["-m", "ray.scripts.scripts", "health-check", "--address", address]
+    command = [sys.executable, *asking]
     try:
         done = subprocess.run(command, env=environment, capture_output=True, timeout=PROBE_SECONDS, check=False)
     except subprocess.TimeoutExpired:
         return False
-    return done.returncode == 0
+    return done.returncode != 0 and b"authentication token" in done.stderr.lower()
 
 
 def _is_loopback(address: str, host: str) -> bool:

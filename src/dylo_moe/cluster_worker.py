@@ -9,27 +9,36 @@ from collections.abc import Mapping
 from pathlib import Path
 
 from dylo_moe.generating import Generation, generate_samples
+from dylo_moe.opened import Opened
 from dylo_moe.workplace import Workplace
 
 ANSWER_SECONDS = 1.0
 
 
 class ShardWorker:
-    """An actor. The journals that it writes lie in a directory of its own, which goes when all of them were handed out.
+    """An actor, for one shard after the other. It loads a checkpoint once and keeps it for all shards that are of it.
 
-    What a worker that is killed leaves, the next one on its machine takes away.
+    The journals of a shard lie in a directory of its own, which goes when all of them were handed out. What a worker that is
+    killed leaves, the next one on its machine takes away.
     """
 
     def __init__(self) -> None:
-        self._place = Workplace()
+        self._opened: Opened | None = None
         self._pool = concurrent.futures.ThreadPoolExecutor(1)
 
-    def start(self, generation: Generation, journals: Mapping[str, bytes]) -> str:
-        """Begins to complete these journals (name -> content) in the background. Returns this machine's name."""
+    def machine(self) -> str:
+        return socket.gethostname()
+
+    def start(self, generation: Generation, journals: Mapping[str, bytes]) -> tuple[dict[str, bytes], bool]:
+        """Begins to complete these journals (name -> content) in the background. Returns what `news` would: nothing yet."""
+        if self._opened is None or not self._opened.fits(generation.decoder):
+            self._opened = Opened(generation.decoder)
+        self._place = Workplace()
         for name, content in journals.items():
             (self._place.path / name).write_bytes(content)
-        self._run = self._pool.submit(generate_samples, dataclasses.replace(generation, resume=True), self._place.path)
-        return socket.gethostname()
+        generation = dataclasses.replace(generation, resume=True)
+        self._run = self._pool.submit(generate_samples, generation, self._place.path, opened=self._opened)
+        return {}, False
 
     def news(self, taken: Mapping[str, int]) -> tuple[dict[str, bytes], bool]:
         """Waits a moment for more.

@@ -49,6 +49,10 @@ class Opened:
             self.decoder(self._options, "router" if self.checkpoint.router is not None else "base")
         return checkpoint_identity(self.checkpoint, base)
 
+    def fits(self, options: Mapping[str, Any]) -> bool:
+        """Whether a decoder with these options would be one of this model."""
+        return not self._differing(options)
+
     def decoder(self, options: Mapping[str, Any], strategy: str) -> PeftMoEDecoder:
         """A decoder on the one model.
 
@@ -58,12 +62,14 @@ class Opened:
         Raises:
             ValueError: they are not. Else as PeftMoEDecoder.
         """
-        other = [name for name in _LOADING if options[name] != self._options[name]]
-        if other:
+        if other := self._differing(options):
             raise ValueError(f"{', '.join(other)}: a decoder of another model than the one that was opened")
         decoder = PeftMoEDecoder(**options, routing_strategy=strategy, model=self._model)
         self._model = decoder.model
         return decoder
+
+    def _differing(self, options: Mapping[str, Any]) -> list[str]:
+        return [name for name in _LOADING if options[name] != self._options[name]]
 
     def _base(self) -> str | Path | None:
         """The base model's place, or None where the checkpoint holds all weights; a merged checkpoint is its own base."""

@@ -5,13 +5,13 @@ from __future__ import annotations
 import functools
 import time
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from contextlib import nullcontext
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from dylo_moe.cluster import Slots, connected
-from dylo_moe.cluster_worker import ShardWorker
-from dylo_moe.errors import ClusterError, DyloMoeError, OptionError, SampleFileError, one_line
+from dylo_moe.crew import Crew, Death, Member, Shard, hired
+from dylo_moe.errors import ClusterError, OptionError, SampleFileError, one_line
 from dylo_moe.generating import Generation
 from dylo_moe.generating import generate_samples as generate_here
 from dylo_moe.identity import difference
@@ -22,12 +22,18 @@ from dylo_moe.samples import SampleJournal
 
 START_SECONDS = 120.0  # until one worker has found a place; a worker that waits behind others may wait longer
 SILENT_SECONDS = 900.0  # without an answer from a worker, which answers every second but while it loads a model
-DEATHS = 3  # of a worker, one after the other, without a sample between them
+DEATHS = 3  # of workers, one after the other, without a sample between them
+_KEPT = "the samples so far are kept, and the same command continues"
 _UNSEEN = ("base_input", "plus_input")  # what workers need not know of a task; a thousand times as long as the rest
 
 
-def generate_samples(generation: Generation, directory: Path, *, opened: Opened | None = None) -> dict[str, Path]:
+def generate_samples(
+    generation: Generation, directory: Path, *, opened: Opened | None = None, crew: Crew | None = None
+) -> dict[str, Path]:
     """`generating.generate_samples`, on the cluster that `generation.ray` names, if it names one.
+
+    Args:
+        crew: of that cluster, where several generations share its workers; None to hire some for this one.
 
     Raises:
         ClusterError, OptionError: as `cluster.connected`, or because no worker can do its part. What was generated until then
@@ -37,52 +43,44 @@ def generate_samples(generation: Generation, directory: Path, *, opened: Opened 
         return generate_here(generation, directory, opened=opened)
     if generation.shard is not None:
         raise OptionError("ray and shard: a cluster takes all shards, so give only one of them")
-    with connected(generation.ray) as slots:
-        generation = replace(generation, device=slots.device)
-        return generate_here(generation, directory, functools.partial(_spread, slots), opened=opened)
+    with nullcontext(crew) if crew else hired(generation.ray) as crew:
+        generation = replace(generation, device=crew.slots.device)
+        return generate_here(generation, directory, functools.partial(_spread, crew), opened=opened)
 
 
-@dataclass
-class _Shard:
-    """Some tasks, and the worker that generates them now. host: its machine, None until it has found one."""
-
-    tasks: list[str]
-    worker: Any = None
-    host: str | None = None
-    taken: dict[str, int] = field(default_factory=dict)
-    deaths: int = 0
-    heard: float = 0.0
-
-
-def _spread(slots: Slots, generation: Generation, journals: Mapping[str, SampleJournal]) -> None:
-    _Run(slots, generation, journals).finish()
+def _spread(crew: Crew, generation: Generation, journals: Mapping[str, SampleJournal]) -> None:
+    try:
+        _Run(crew, generation, journals).finish()
+    except ConnectionError as error:  # Ray's own, of an address ray://
+        lost = one_line(f"{crew.address}: the connection is lost: {error}", 300)
+        raise ClusterError(f"{lost}; {_KEPT}") from error
+    except BaseException:
+        crew.disband()
+        raise
 
 
 class _Run:
-    """The shards of one generation, and what their workers are asked now."""
+    """The shards of one generation, and those that no worker has now."""
 
-    def __init__(self, slots: Slots, generation: Generation, journals: Mapping[str, SampleJournal]) -> None:
-        import ray
-
-        self.ray, self.slots, self.generation = ray, slots, generation
+    def __init__(self, crew: Crew, generation: Generation, journals: Mapping[str, SampleJournal]) -> None:
+        self.crew, self.generation = crew, generation
         self.wanted = {journal.path.name: generation.samples_of(strategy) for strategy, journal in journals.items()}
         self.journals = {journal.path.name: journal for journal in journals.values()}
-        self.actor = ray.remote(num_cpus=slots.cpus, num_gpus=slots.gpus, max_restarts=0)(ShardWorker)
-        self.asked: dict[Any, _Shard] = {}
+        self.waiting: list[Shard] = []
+        self.placeless = 0  # workers that died before they had found a place, one after the other
         self.heard = time.monotonic()
 
     def finish(self) -> None:
         """Returns when no sample is missing."""
         tasks = [task for task in self.generation.task_ids() if self.missing([task])]
-        count = min(self.slots.count, len(tasks))
+        count = min(self.crew.slots.count, len(tasks))
+        self.waiting = [Shard(tasks[number::count]) for number in range(count)]
         label = f"{self.generation.task_set.dataset} on {count} workers"
         with Progress(label, [task for task in tasks for _ in range(self.missing([task]))]) as self.progress:
-            for number in range(count):
-                self.begin(_Shard(tasks[number::count]))
-            while self.asked:
-                ready, _ = self.ray.wait(list(self.asked), num_returns=1, timeout=5)
-                for answer in ready:
-                    self.hear(answer, self.asked.pop(answer))
+            while self.waiting or self.working():
+                self.assign()
+                for member, found in self.crew.listen():
+                    self.hear(member, found)
                 self.check_silence()
 
     def missing(self, tasks: list[str]) -> int:
@@ -90,73 +88,72 @@ class _Run:
         wanted = self.wanted.items()
         return sum(len(self.journals[name].missing(task, n_samples)) for name, n_samples in wanted for task in tasks)
 
-    def begin(self, shard: _Shard) -> None:
-        """Gives what is missing of a shard to a new worker, with the samples that are there."""
-        shard.tasks = [task for task in shard.tasks if self.missing([task])]
-        if not shard.tasks:
-            return
-        known = {name: journal.excerpt(shard.tasks) for name, journal in self.journals.items()}
-        shard.taken, shard.host = {name: len(content) for name, content in known.items()}, None
-        shard.worker = self.actor.remote()
-        self.ask(shard, shard.worker.start.remote(part_of(self.generation, shard.tasks), known))
+    def working(self) -> list[Member]:
+        return [member for member in self.crew.members if member.shard is not None]
 
-    def ask(self, shard: _Shard, answer: Any) -> None:
-        shard.heard = time.monotonic()
-        self.asked[answer] = shard
+    def assign(self) -> None:
+        """Gives what is missing of each shard that waits to a worker that is free, with the samples that are there."""
+        self.crew.hire(min(self.crew.slots.count, len(self.waiting) + len(self.working())))
+        for member in self.crew.idle()[: len(self.waiting)]:
+            shard = self.waiting.pop(0)
+            part = [task for task in shard.tasks if self.missing([task])]
+            known = {name: journal.excerpt(part) for name, journal in self.journals.items()}
+            shard.taken = {name: len(content) for name, content in known.items()}
+            member.shard = shard
+            self.crew.ask(member, member.actor.start.remote(part_of(self.generation, part), known))
 
-    def hear(self, answer: Any, shard: _Shard) -> None:
-        try:
-            found = self.ray.get(answer)
-        except self.ray.exceptions.RayTaskError as error:
-            if isinstance(error.cause, DyloMoeError | OSError):
-                raise ClusterError(f"{shard.host or 'a worker'}: {error.cause}") from None
-            raise
-        except (self.ray.exceptions.RayActorError, self.ray.exceptions.RaySystemError) as error:
-            self.bury(shard, str(error))
-            return
+    def hear(self, member: Member, found: Any) -> None:
         self.heard = time.monotonic()
-        if shard.host is None:
-            shard.host, found = found, ({}, False)
-        self.take(shard, *found)
+        if isinstance(found, Death):
+            self.bury(member, found.reason)
+        elif member.host is None:
+            member.host, self.placeless = found, 0
+        else:
+            self.take(member, member.shard, *found)
 
-    def take(self, shard: _Shard, found: dict[str, bytes], done: bool) -> None:
+    def take(self, member: Member, shard: Shard, found: dict[str, bytes], done: bool) -> None:
         """Writes what a worker has found, and asks it for more."""
         for name, lines in found.items():
             if name not in self.journals:
-                raise ClusterError(f"{shard.host}: {foreign_journal(name, lines, list(self.journals.values()))}")
+                raise ClusterError(f"{member.host}: {foreign_journal(name, lines, list(self.journals.values()))}")
             for record in self.journals[name].absorb(lines):
                 self.progress.finish(record.task_id)
             shard.taken[name] += len(lines)
             shard.deaths = 0
         if not done:
-            self.ask(shard, shard.worker.news.remote(shard.taken))
+            self.crew.ask(member, member.actor.news.remote(shard.taken))
             return
-        self.ray.kill(shard.worker)
+        member.shard = None
         if lost := self.missing(shard.tasks):
-            raise SampleFileError(f"{shard.host}: its worker ended with {lost} samples missing")
+            raise SampleFileError(f"{member.host}: its worker ended with {lost} samples missing")
 
-    def bury(self, shard: _Shard, reason: str) -> None:
+    def bury(self, member: Member, reason: str) -> None:
         """Another worker continues where the dead one stopped."""
-        shard.deaths += 1
-        if shard.deaths > DEATHS:
-            raise ClusterError(f"{shard.host or 'a worker'}: died {shard.deaths} times with task {shard.tasks[0]}: {reason}")
-        self.progress.say(one_line(f"The worker on {shard.host or 'a machine'} died ({reason}): another one continues", 200))
-        self.ray.kill(shard.worker)
-        self.begin(shard)
+        self.crew.dismiss(member)
+        where = member.host or "a machine"
+        if member.shard is None:
+            self.placeless += 1
+            deaths, doing = self.placeless, "before it had a task"
+        else:
+            self.waiting.append(member.shard)
+            member.shard.deaths += 1
+            deaths, doing = member.shard.deaths, f"with task {member.shard.tasks[0]}"
+        if deaths > DEATHS:
+            raise ClusterError(f"{where}: a worker died {doing}, and {DEATHS} others before it: {reason}")
+        self.progress.say(one_line(f"The worker on {where} died ({reason}): another one continues", 200))
 
     def check_silence(self) -> None:
         """Nothing waits for ever: neither for a place in the cluster, nor for a worker that says nothing any more."""
         now = time.monotonic()
-        started = [(answer, shard) for answer, shard in self.asked.items() if shard.host is not None]
-        for answer, shard in started:
-            if now - shard.heard > SILENT_SECONDS:
-                del self.asked[answer]
-                self.bury(shard, f"no answer for {SILENT_SECONDS:g} s")
-        if self.asked and not started and now - self.heard > START_SECONDS:
-            need = "1 GPU" if self.slots.gpus else f"{self.slots.cpus} processors"
+        for member in self.working():
+            if now - member.asked > SILENT_SECONDS:
+                self.bury(member, f"no answer for {SILENT_SECONDS:g} s")
+        if self.waiting and not self.working() and now - self.heard > START_SECONDS:
+            slots = self.crew.slots
+            need = "1 GPU" if slots.gpus else f"{slots.cpus} processors"
             raise ClusterError(
-                f"{self.generation.ray}: no worker with {need} found a place within {START_SECONDS:g} s: the cluster is busy, "
-                "or machines are gone; the samples so far are kept, and the same command continues"
+                f"{self.crew.address}: no worker with {need} found a place within {START_SECONDS:g} s: the cluster is busy, "
+                f"or machines are gone; {_KEPT}"
             )
 
 

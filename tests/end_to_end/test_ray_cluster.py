@@ -4,16 +4,20 @@ from __future__ import annotations
 
 import os
 import secrets
+import socket
 import threading
 import time
-from contextlib import nullcontext
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
 from importlib.util import find_spec
 from pathlib import Path
 
 import pytest
 
+from dylo_moe import crew as crews
 from dylo_moe import spreading
-from dylo_moe.cluster import LOOPBACK, Slots, connected, takes_any_token
+from dylo_moe.cluster import LOOPBACK, Slots, connected, refuses_unknown_token
+from dylo_moe.crew import Crew, hired
 from dylo_moe.errors import ClusterError
 from dylo_moe.evalplus import plan_generation
 from dylo_moe.spreading import generate_samples
@@ -40,12 +44,19 @@ def environment():
 
 
 @pytest.fixture(scope="module")
-def machines(environment):
+def clients():
+    """The port of the server for clients."""
+    with socket.create_server((LOOPBACK, 0)) as server:
+        return server.getsockname()[1]
+
+
+@pytest.fixture(scope="module")
+def machines(environment, clients):
     """Two machines of one processor each, and the second one's handle."""
     from ray.cluster_utils import Cluster
 
     sizes = {"num_cpus": 1, "node_ip_address": LOOPBACK, "object_store_memory": 80 << 20}
-    cluster = Cluster(initialize_head=True, head_node_args={**sizes, "include_dashboard": False})
+    cluster = Cluster(True, head_node_args={**sizes, "include_dashboard": False, "ray_client_server_port": clients})
     yield cluster, cluster.add_node(**sizes)
     cluster.shutdown()
 
@@ -54,7 +65,8 @@ def machines(environment):
 def checkpoint(tmp_path_factory, environment):
     place = tmp_path_factory.mktemp("ray")
     base = write_base(place / "base", "llama")
-    environment.setenv("HUMANEVAL_OVERRIDE_PATH", str(write_task_set(place / "tasks", "humaneval", TASKS[:6])))
+    for dataset in ("humaneval", "mbpp"):
+        environment.setenv(f"{dataset.upper()}_OVERRIDE_PATH", str(write_task_set(place / "tasks", dataset, TASKS[:6])))
     return write_checkpoint(place / "checkpoint", base, num_experts=2)
 
 
@@ -65,6 +77,10 @@ def planned(checkpoint, **options):
 
 def exports(place: Path) -> dict[str, bytes]:
     return {path.name: path.read_bytes() for path in place.iterdir() if ".json" in path.suffixes or ".jsonl" in path.suffixes}
+
+
+def placed(crew):
+    return [member for member in crew.members if member.host]
 
 
 def test_machine_lost_in_the_middle_changes_nothing(machines, checkpoint, tmp_path):
@@ -85,25 +101,35 @@ def test_machine_lost_in_the_middle_changes_nothing(machines, checkpoint, tmp_pa
 
     killer = threading.Thread(target=lose)
     killer.start()
-    try:
-        files = generate_samples(planned(checkpoint, ray=cluster.address, bs=1), place)  # one by one, so that there is a middle
-    finally:
-        lost.append(None)
-        killer.join()
+    with hired(cluster.address) as crew:
+        try:
+            one_by_one = planned(checkpoint, bs=1, ray=crew.address)  # so that there is a middle
+            files = generate_samples(one_by_one, place, crew=crew)
+        finally:
+            lost.append(None)
+            killer.join()
+        left = placed(crew)
+        generate_samples(planned(checkpoint, dataset="mbpp", ray=crew.address), place, crew=crew)
+        assert placed(crew) == left and len(left) == 1, "the one that was left has its model still"
     assert lost[0] is not None and lost[0] < len(STRATEGIES) * 13
     assert list(files) == list(STRATEGIES)
+    generate_samples(planned(checkpoint, dataset="mbpp"), tmp_path / "one")
     assert exports(place) == exports(tmp_path / "one")
-    assert len(exports(place)) == 3 * len(STRATEGIES)
+    assert len(exports(place)) == 2 * 3 * len(STRATEGIES)
 
 
-def test_token_that_nobody_gave_the_cluster_is_refused_by_it(machines, monkeypatch):
-    assert not takes_any_token(machines[0].address)
-    monkeypatch.setattr(secrets, "token_hex", lambda _: os.environ["RAY_AUTH_TOKEN"])
-    assert takes_any_token(machines[0].address), "this one it takes"
+def test_token_that_nobody_gave_the_cluster_is_refused_by_it(machines, clients, monkeypatch):
+    addresses = (machines[0].address, f"ray://{LOOPBACK}:{clients}")
+    with ThreadPoolExecutor() as pool:
+        assert list(pool.map(refuses_unknown_token, addresses)) == [True, True]
+        monkeypatch.setattr(secrets, "token_hex", lambda _: os.environ["RAY_AUTH_TOKEN"])
+        assert list(pool.map(refuses_unknown_token, addresses)) == [False, False], "this one it takes"
 
 
-def test_worker_that_finds_no_place_is_not_waited_for(machines, checkpoint, tmp_path, monkeypatch):
+def test_client_does_not_wait_for_a_worker_that_finds_no_place(machines, checkpoint, clients, tmp_path, monkeypatch):
     monkeypatch.setattr(spreading, "START_SECONDS", 1.0)
-    monkeypatch.setattr(spreading, "connected", lambda _: nullcontext(Slots(2, 64, 0)))
-    with connected(machines[0].address), pytest.raises(ClusterError, match="no worker with 64 processors found a place"):
-        generate_samples(planned(checkpoint, ray="a:1"), tmp_path)
+    monkeypatch.setattr(crews, "ASK_SECONDS", 1.0)
+    address = f"ray://{LOOPBACK}:{clients}"
+    with connected(address) as slots, pytest.raises(ClusterError, match="no worker with 64 processors found a place"):
+        assert slots == Slots(1, 1, 0), "of two machines one is lost"
+        generate_samples(planned(checkpoint, ray=address), tmp_path, crew=Crew(replace(slots, cpus=64), address))

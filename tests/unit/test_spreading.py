@@ -15,6 +15,7 @@ from dylo_moe.journal import Record
 from dylo_moe.samples import SampleJournal
 from dylo_moe.spreading import foreign_journal, part_of
 from dylo_moe.spreading import generate_samples as generate_anywhere
+from fixtures.loads import counted_loads
 from harness.specimens import write_base, write_checkpoint
 from harness.specimens.tasks import TASKS, write_task_set
 
@@ -42,8 +43,8 @@ def heard(worker, taken):
             taken[name] = taken.get(name, 0) + len(lines)
 
 
-def work(generation, journals):
-    worker = ShardWorker()
+def work(generation, journals, worker=None):
+    worker = worker or ShardWorker()
     known = {journal.path.name: journal.excerpt(generation.task_set.tasks) for journal in journals.values()}
     worker.start(generation, known)
     yield from heard(worker, {name: len(content) for name, content in known.items()})
@@ -64,6 +65,40 @@ def test_worker_adds_what_is_missing_of_its_tasks_and_nothing_else(planned, tmp_
     for strategy in STRATEGIES:
         assert again[strategy].name == files[strategy].name
         assert again[strategy].read_bytes() == files[strategy].read_bytes()
+
+
+def test_worker_loads_a_checkpoint_once_for_all_its_shards(planned, tmp_path, monkeypatch):
+    mbpp = replace(planned, decoder={**planned.decoder, "dataset": "mbpp"}, strategies=("base", "router"))
+    expected = [generate_samples(generation, tmp_path / "one") for generation in (planned, mbpp)]
+    worker, loads = ShardWorker(), counted_loads(monkeypatch)
+
+    def fill(generation, journals):
+        by_name = {journal.path.name: journal for journal in journals.values()}
+        for task in generation.task_set.tasks:
+            for name, lines in work(part_of(generation, [task]), journals, worker):
+                by_name[name].absorb(lines)
+
+    found = [generate_samples(generation, tmp_path / "worker", fill) for generation in (planned, mbpp)]
+    assert len(loads) == 1
+    for ours, theirs in zip(found, expected, strict=True):
+        assert {run: path.read_bytes() for run, path in ours.items()} == {run: path.read_bytes() for run, path in theirs.items()}
+
+
+def test_worker_that_is_given_another_checkpoint_loads_that_one(planned, tmp_path, monkeypatch):
+    other = replace(planned, decoder={**planned.decoder, "dtype": "bfloat16"})
+    worker, loads = ShardWorker(), counted_loads(monkeypatch)
+    identities = []
+
+    def fill(generation, journals):
+        ours = list(journals.values())
+        for name, lines in work(part_of(generation, list(generation.task_set.tasks)), journals, worker):
+            next(journal for journal in ours if journal.path.name == name).absorb(lines)
+        identities.append([journal.identity["options"]["dtype"] for journal in ours])
+
+    for generation in (planned, other):
+        generate_samples(generation, tmp_path, fill)
+    assert identities == [["float32"] * 2, ["bfloat16"] * 2]
+    assert len(loads) == 2
 
 
 def test_worker_with_other_versions_is_named_with_the_difference(planned, tmp_path, monkeypatch):

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import time
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from pathlib import Path
@@ -147,20 +147,28 @@ class _Made:
 
 def _generate_all(plan: BenchmarkPlan) -> dict[str, _Made]:
     """All benchmarks with one loaded model, which is gone when scoring needs the memory."""
+    if plan.backend == HF:
+        return _each(plan, lambda name, place: {HF: generate_stock(plan.model, plan.task_sets[name], plan.decoding, place)})
+    from dylo_moe.crew import hired
     from dylo_moe.opened import Opened
     from dylo_moe.spreading import generate_samples
 
-    made, opened = {}, None
-    for name, task_set in plan.task_sets.items():
+    options = {"model": plan.checkpoint, "adapter_path": plan.model, **plan.decoding}
+    generations = {
+        name: plan_generation({**options, "dataset": name}, plan.strategies, tasks) for name, tasks in plan.task_sets.items()
+    }
+    opened = Opened(next(iter(generations.values())).decoder)
+    with hired(plan.decoding.get("ray")) as crew:
+        return _each(plan, lambda name, place: generate_samples(generations[name], place, opened=opened, crew=crew))
+
+
+def _each(plan: BenchmarkPlan, generate: Callable[[str, Path], Mapping[str, Path]]) -> dict[str, _Made]:
+    """generate: a benchmark and its directory -> run -> sample file."""
+    made = {}
+    for name in plan.task_sets:
         directory = plan.directory / name
         before, started = _counts(directory), time.monotonic()
-        if plan.backend == HF:
-            files = {HF: generate_stock(plan.model, task_set, plan.decoding, directory)}
-        else:
-            options = {"model": plan.checkpoint, "adapter_path": plan.model, "dataset": name, **plan.decoding}
-            generation = plan_generation(options, plan.strategies, task_set)
-            opened = opened or Opened(generation.decoder)
-            files = generate_samples(generation, directory, opened=opened)
+        files = generate(name, directory)
         new = sum(count - before.get(path, 0) for path, count in _counts(directory).items())
         made[name] = _Made(files, new, time.monotonic() - started)
     return made

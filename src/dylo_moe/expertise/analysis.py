@@ -8,6 +8,7 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
+from dylo_moe.crew import hired
 from dylo_moe.decoder import PeftMoEDecoder
 from dylo_moe.errors import OptionError
 from dylo_moe.evaluation import score_files
@@ -55,9 +56,14 @@ class _Seen:
     warnings: tuple[str, ...]
 
 
-def _see(generation: Generation, directory: Path, opened: Opened, categories: Categories, track: Track) -> _Seen:
-    """Generates what is not there yet, and looks at router and experts on every task."""
-    files = generate_samples(generation, directory, opened=opened)
+def _generate_all(generations: Mapping[str, Generation], root: Path, opened: Opened) -> dict[str, dict[str, Path]]:
+    """What is not there yet of all benchmarks, by the same workers where a Ray cluster generates."""
+    with hired(next(iter(generations.values())).ray) as crew:
+        return {name: generate_samples(plan, root / name, opened=opened, crew=crew) for name, plan in generations.items()}
+
+
+def _see(generation: Generation, files: dict[str, Path], opened: Opened, categories: Categories, track: Track) -> _Seen:
+    """Looks at router and experts on every task."""
     decoder = opened.decoder(generation.decoder, generation.strategies[0])
     observed = observe_all(decoder, texts_of(_tasks(generation), files.get("router")), track)
     return _Seen(files, categories, observed, decoder.model.expert_names, decoder.model.checkpoint.warnings)
@@ -129,7 +135,8 @@ def analyse_experts(
     # Of all of them first, because a mistake in the file should not cost a generation.
     sorted_in = {name: categorise(_tasks(plan), categories) for name, plan in generations.items()}
     opened = Opened(next(iter(generations.values())).decoder)
-    seen = {name: _see(plan, root / name, opened, sorted_in[name], track) for name, plan in generations.items()}
+    files = _generate_all(generations, root, opened)
+    seen = {name: _see(plan, files[name], opened, sorted_in[name], track) for name, plan in generations.items()}
     checkpoint = opened.checkpoint
     del opened
     found = {name: _describe(seen[name], plan, limits, scoring or {}) for name, plan in generations.items()}
