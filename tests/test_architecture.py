@@ -33,6 +33,7 @@ JUDGED_ORDER = (
     "sums",
     "gradients",
     "held",
+    "threads",
     "routed",
     "replaced",
     "feed_forward",

@@ -59,7 +59,7 @@ class ExpertManager:
         """The expert that `set_active_expert` chose; None while all of them are active."""
         mixture = self._mixture()
         if mixture is not None:
-            return mixture.forced if isinstance(mixture.forced, int) else None
+            return mixture.active_expert
         active = self.model.active_adapters if self.num_experts else []
         return self.expert_names.index(active[0]) if len(active) == 1 else None
 
@@ -97,7 +97,7 @@ class ExpertManager:
         if mixture is None:
             self.model.set_adapter(names[expert_id])
             return
-        mixture.forced = expert_id
+        mixture.active_expert = expert_id
         self._set_trainable([names[expert_id]])
 
     def activate_all_experts(self) -> None:
@@ -106,7 +106,7 @@ class ExpertManager:
         if mixture is None:
             self.model.base_model.set_adapter(self.expert_names)
             return
-        mixture.forced = None
+        mixture.active_expert = None
         self._set_trainable(self.expert_names)
         if mixture.shared is not None:
             self._set_trainable([mixture.shared], of=[mixture.shared])

@@ -9,6 +9,8 @@ Shapes: B rows of the batch, V vocabulary, H hidden size.
 
 from __future__ import annotations
 
+import math
+import threading
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from typing import Any
@@ -16,7 +18,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
-from transformers import Cache, PreTrainedModel
+from transformers import Cache, PretrainedConfig, PreTrainedModel
 
 from dylo_moe.pair_cost import PairCost
 from dylo_moe.paired_cache import PairedCache, can_pair
@@ -83,6 +85,8 @@ class Guesses:
         self._caught: list[Tensor] = []
         self._catching: RemovableHandle | None = None
         self._is_over = False  # somebody else works on the cache
+        self._thread = threading.get_ident()
+        self._positions = _first_positions(causal_lm.config)
 
     def features(self, step: dict[str, Any], half: Cache, run: Callable[[Cache], Tensor]) -> Tensor:
         """Features of this step's tokens, (B, 1, H): the guess's where it was right, else of a pass.
@@ -150,6 +154,9 @@ class Guesses:
 
     def finish(self) -> None:
         """Lets go of the cache; the counts stay."""
+        if self._catching is not None:
+            self._catching.remove()  # a pass that Ctrl-C ended has not
+        self._caught.clear()
         self._paired = self._expected = self._planned = self._last_ids = self._filled = None
         self._is_over = True
 
@@ -168,7 +175,7 @@ class Guesses:
             return False
         if not isinstance(ids, Tensor) or ids.shape[1] != 1 or step.get("position_ids") is None:
             return False
-        if step["position_ids"].shape not in (ids.shape, (1, 1)):
+        if step["position_ids"].shape not in (ids.shape, (1, 1)) or int(step["position_ids"].max()) + 1 >= self._positions:
             return False
         if mask is not None and (not isinstance(mask, Tensor) or mask.shape != (len(ids), length + 1)):
             return False
@@ -200,4 +207,19 @@ class Guesses:
         return Guess(ids, step["position_ids"] + 1, mask)
 
     def _catch(self, module: nn.Module, args: tuple, output: Any) -> None:
-        self._caught.append(output.last_hidden_state)
+        if threading.get_ident() == self._thread:
+            self._caught.append(output.last_hidden_state)
+
+
+def _first_positions(config: PretrainedConfig) -> float:
+    """How many positions a pass computes as it would without a later one beside it.
+
+    A table of positions ends; rotary frequencies that depend on the length of the text ("dynamic", "longrope") are all rows'.
+    """
+    text = config.get_text_config()
+    rotary = getattr(text, "rope_parameters", None) or {}
+    limits = [getattr(text, "max_position_embeddings", None)]
+    for kind in (rotary, *(kind for kind in rotary.values() if isinstance(kind, dict))):
+        if kind.get("rope_type") == "longrope":
+            limits += [kind.get("original_max_position_embeddings"), getattr(text, "original_max_position_embeddings", None)]
+    return min((limit for limit in limits if limit is not None), default=math.inf)

@@ -14,6 +14,8 @@ from typing import Any
 
 from peft.tuners.lora import Linear as LoraLinear
 from torch import Tensor, nn
+from torch.nn.modules.module import _global_forward_hooks as _every
+from torch.nn.modules.module import _global_forward_pre_hooks as _every_pre
 
 from dylo_moe.sums import Plain, Sums
 
@@ -70,17 +72,26 @@ def only_known_code(model: nn.Module, options: Mapping[str, Any]) -> bool:
     """Whether a generation with these options runs no code of the user's between its passes: no callback, no hook, no module."""
     if any(options.get(name) is not None for name in _FOREIGN):
         return False
-    lists = chain.from_iterable(options.get(name) or () for name in _LISTS)
+    given = list(chain.from_iterable(options.get(name) or () for name in _LISTS))
     objects = (options[name] for name in _OBJECTS if options.get(name) is not None)
     modules = list(model.modules())
-    types = {type(code) for code in chain(lists, objects, modules)}
-    return all(map(_is_known, types)) and all(map(_is_known, _hooks(modules)))
+    types = {type(code) for code in chain(given, objects, modules)}
+    return all(map(_is_known, chain(types, _functions_in(given), _hooks(modules))))
+
+
+def _functions_in(objects: Iterable[object]) -> Iterator[Callable]:
+    """Those that a processor of transformers was given to call."""
+    for holder in objects:
+        yield from filter(callable, getattr(holder, "__dict__", {}).values())
 
 
 def _hooks(modules: Iterable[nn.Module]) -> Iterator[Callable]:
+    """What runs in a pass beside the modules' own code: hooks of one or of all, and functions put in the place of a forward."""
+    yield from (*_every.values(), *_every_pre.values())
     for module in modules:
-        yield from module._forward_hooks.values()
-        yield from module._forward_pre_hooks.values()
+        yield from (*module._forward_hooks.values(), *module._forward_pre_hooks.values())
+        if "forward" in module.__dict__:
+            yield module.__dict__["forward"]
 
 
 def _is_known(code: object) -> bool:

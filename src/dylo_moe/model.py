@@ -22,7 +22,7 @@ from dylo_moe.routed import Mixture, RoutedLinear
 from dylo_moe.router import load_balancing_loss
 from dylo_moe.routing import Routing
 from dylo_moe.saving import stored_expert, stored_router
-from dylo_moe.strategies import generate_with_strategy
+from dylo_moe.strategies import Strategy, generate_with_strategy, parse_strategy
 from dylo_moe.xlora_router import XLoraRouter
 
 
@@ -155,7 +155,7 @@ class DyLoRA_MoE(nn.Module):
         """
         if self.routing.removed:
             raise RoutingError("this model was detached; attach_router makes another one of its PeftModel")
-        with self.routing.recording() as recorded:
+        with self.routing.forcing(None), self.routing.recording() as recorded:
             output = self.peft_model(
                 input_ids=input_ids,
                 attention_mask=attention_mask,
@@ -206,18 +206,18 @@ class DyLoRA_MoE(nn.Module):
         """
         inputs = options.pop("input_ids", None) if inputs is None else inputs
         given = routing_weights if routing_weights is not None else expert_id
-        if given is None:
-            return generate_with_strategy(
-                self, inputs, attention_mask, strategy, first_sample=first_sample, seeds=seeds, options=options
-            )
-        if strategy != "router" or (routing_weights is not None and expert_id is not None):
+        if given is not None and (strategy != "router" or (routing_weights is not None and expert_id is not None)):
             raise RoutingError("give one of strategy, routing_weights and expert_id, not several")
         if isinstance(routing_weights, Tensor) and not routing_weights.is_floating_point():
             given = routing_weights.to(torch.float32)  # a one-hot row of integers is no list of expert ids
-        with self.routing.forcing(given):
-            return generate_with_strategy(
-                self, inputs, attention_mask, "router", first_sample=first_sample, seeds=seeds, options=options
-            )
+        if given is None:
+            has_router = self.router is not None or self.mixture.active_expert is not None
+            chosen = parse_strategy(strategy, self.num_experts, has_router=has_router)
+        else:
+            chosen = Strategy("given", route=given)
+        return generate_with_strategy(
+            self, inputs, attention_mask, chosen, first_sample=first_sample, seeds=seeds, options=options
+        )
 
     def gradient_checkpointing_enable(self, gradient_checkpointing_kwargs: dict[str, Any] | None = None, **options: Any) -> None:
         """As transformers', with its options (a Trainer gives every_n_layers and offload). Non-reentrant checkpointing only

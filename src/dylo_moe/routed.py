@@ -22,6 +22,7 @@ from dylo_moe.held import Held
 from dylo_moe.quantised import keep_scales
 from dylo_moe.spread import Spread
 from dylo_moe.sums import Sums, add_dense, add_grouped
+from dylo_moe.threads import PerThread, ThreadState
 
 # None: adapters off. int: that expert alone. Tensor: (B|1, S|1, E) or (B, S, L, E). nn.Module: routes each layer's own input;
 # a ModuleList has one gate per layer, any other module is shared by all of them.
@@ -34,6 +35,18 @@ _FRESH = (nn.Linear, Conv1D)
 _ROUNDS_DELTA = ("Linear4bit", "Linear8bitLt", "AwqLoraLinear", "EetqLoraLinear")
 
 
+class _Now(ThreadState):
+    """What one thread's passes mix."""
+
+    def __init__(self) -> None:
+        self.asked: int | Tensor | None = None
+        self.kept_positions: int | Tensor | None = None
+        self.layer_weights: dict[int, Tensor] = {}
+        self.held: Held | None = None
+        self._routes: list[Route] = []
+        self._spreads: list[Spread | None] = []
+
+
 class Mixture:
     """What the routed layers of one model mix at this moment. One object per model, shared by its layers.
 
@@ -42,19 +55,30 @@ class Mixture:
     Args:
         expert_names: adapters in the order of the routing weights' columns.
         shared: an adapter that is no expert: added with weight 1 wherever it exists, unless the adapters are off.
+
+    Attributes:
+        active_expert: the one that runs in every pass of which nothing else was asked; None: the router decides.
     """
+
+    asked = PerThread()  # of the passes under way, instead of the router's choice
+    kept_positions = PerThread()  # the pass's logits_to_keep
+    layer_weights = PerThread()
+    held = PerThread()  # while nobody can change a weight
+    _routes = PerThread()
+    _spreads = PerThread()  # of the routes
 
     def __init__(self, expert_names: list[str], shared: str | None = None) -> None:
         self.expert_names = expert_names
         self.shared = shared
         self.num_layers = 0
-        self.forced: int | Tensor | None = None
-        self.kept_positions: int | Tensor | None = None  # the pass's logits_to_keep
-        self.layer_weights: dict[int, Tensor] = {}
-        self.held: Held | None = None  # while nobody can change a weight
+        self.active_expert: int | None = None
+        self.now = _Now()
         self._layouts: dict[tuple, tuple[Tensor, Tensor]] = {}
-        self._routes: list[Route] = []
-        self._spreads: list[Spread | None] = []  # of the routes
+
+    @property
+    def forced(self) -> int | Tensor | None:
+        """What passes use instead of the router's choice."""
+        return self.active_expert if self.asked is None else self.asked
 
     @property
     def num_experts(self) -> int:
@@ -77,6 +101,20 @@ class Mixture:
     def leave(self) -> None:
         self._routes.pop()
         self._spreads.pop()
+
+    @contextmanager
+    def asking(self, route: int | Tensor | None) -> Iterator[None]:
+        """Passes inside are asked for this route, whatever those around them are; None leaves it to the router.
+
+        A pass that Ctrl-C ended has not left: torch then calls no hook. It is left here.
+        """
+        asked, depth = self.asked, len(self._routes)
+        self.asked = route
+        try:
+            yield
+        finally:
+            self.asked = asked
+            del self._routes[depth:], self._spreads[depth:]
 
     def spread(self, weights: Tensor, shape: tuple[int, int]) -> Spread:
         """The weights (B|1, S|1, E) over an input of (B, S); the route's own are worked out once.
@@ -216,9 +254,7 @@ class RoutedLinear(LoraLinear):
         delta = self.lora_B[name](self.lora_A[name](self.lora_dropout[name](x))) * self.scaling[name]
         return (result + (delta.to(result.dtype) if self.rounds_delta else delta)).to(result.dtype)
 
-    def _add_mixture(
-        self, result: Tensor, x: Tensor, weights: Tensor, base: Tensor, experts: list[tuple[int, str]]
-    ) -> Tensor:
+    def _add_mixture(self, result: Tensor, x: Tensor, weights: Tensor, base: Tensor, experts: list[tuple[int, str]]) -> Tensor:
         self._check_shapes(x, weights)
         variants = [(e, name) for e, name in experts if name in self.lora_variant] if self.lora_variant else []
         sums = [expert for expert in experts if expert not in variants] if variants else experts

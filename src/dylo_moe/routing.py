@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from enum import Enum
 from typing import Any
 
@@ -20,6 +20,7 @@ from dylo_moe.pair_cost import PairCost
 from dylo_moe.routed import Mixture, Route, RoutedCheckpoint, RoutedLinear
 from dylo_moe.row_routes import RowRoutes
 from dylo_moe.sight import Sight
+from dylo_moe.threads import PerThread, ThreadState
 
 
 class Off(Enum):
@@ -30,6 +31,15 @@ class Off(Enum):
 
 ADAPTERS_OFF = Off.ADAPTERS
 Forced = int | Tensor | Off | RowRoutes | None
+
+
+class _Now(ThreadState):
+    """What one thread does."""
+
+    def __init__(self) -> None:
+        self._guessing: Guesses | None = None
+        self._routed_by_router = False
+        self._recordings: list[list[Tensor]] = []
 
 
 class Routing:
@@ -49,6 +59,10 @@ class Routing:
         guesses: of the last generation in which some may have been made.
     """
 
+    _guessing = PerThread()  # of the generation under way
+    _routed_by_router = PerThread()  # the pass under way
+    _recordings = PerThread()
+
     def __init__(self, causal_lm: PreTrainedModel, mixture: Mixture, router: nn.Module | None, features: str) -> None:
         if features not in ROUTER_FEATURES:
             raise RoutingError(f"router_features={features!r}, but should be one of {', '.join(ROUTER_FEATURES)}")
@@ -60,9 +74,7 @@ class Routing:
         self.pair_cost: PairCost | None = PairCost(causal_lm)
         self.guesses: Guesses | None = None
         self._sight = Sight(causal_lm, mixture, features)
-        self._guessing: Guesses | None = None  # of the generation under way
-        self._routed_by_router = False
-        self._recordings: list[list[Tensor]] = []
+        self.now = _Now()
         self._takes_positions = "position_ids" in inspect.signature(causal_lm.forward).parameters
         self.removed = False
         self._handles = [
@@ -85,15 +97,10 @@ class Routing:
             if isinstance(function, RoutedCheckpoint):
                 module._gradient_checkpointing_func = function.checkpoint
 
-    @contextmanager
-    def forcing(self, route: Forced) -> Iterator[None]:
-        """Every pass inside uses this expert, these weights, no adapter, or each row's own; None leaves the choice as it was."""
-        previous = self.mixture.forced
-        self.mixture.forced = previous if route is None else route
-        try:
-            yield
-        finally:
-            self.mixture.forced = previous
+    def forcing(self, route: Forced) -> AbstractContextManager[None]:
+        """Every pass inside uses this expert, these weights, no adapter, or each row's own; None: what the router says, or the
+        active expert, also where passes around these are forced."""
+        return self.mixture.asking(route)
 
     @contextmanager
     def holding(self, model: nn.Module, options: Mapping[str, Any]) -> Iterator[None]:

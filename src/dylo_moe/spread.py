@@ -74,15 +74,16 @@ class Spread:
     def _layout(self, signature: Signature) -> tuple[Tensor, Tensor]:
         """For each of the R stacked rows: its expert's column in the weights, and its expert's scaling. Both (R,)."""
         key = (signature, str(self.weights.device), self.weights.dtype)
-        if key not in self._layouts:
+        layout = self._layouts.get(key)
+        if layout is None:
             if len(self._layouts) >= _MOST_LAYOUTS:  # scalings that change at every step
                 self._layouts.clear()
             with torch.inference_mode(False):  # kept for later passes, which may need gradients
                 rows = [(column, scaling) for column, scaling, rank in signature for _ in range(rank)]
                 columns = torch.tensor([column for column, _ in rows], device=self.weights.device)
                 scales = torch.tensor([scaling for _, scaling in rows], device=self.weights.device, dtype=self.weights.dtype)
-            self._layouts[key] = (columns, scales)
-        return self._layouts[key]
+            layout = self._layouts[key] = (columns, scales)
+        return layout
 
     @cached_property
     def counts(self) -> list[int]:

@@ -30,10 +30,11 @@ class RoutedModel(Protocol):
 
 @dataclass(frozen=True)
 class Strategy:
-    """kind: a name of STRATEGIES, "single" without its number; expert: the i of "single:<i>"."""
+    """kind: a name of STRATEGIES, "single" without its number, or "given"; expert: of "single:<i>"; route: what is given."""
 
     kind: str
     expert: int | None = None
+    route: int | Tensor | None = None
 
 
 def parse_strategy(text: str, num_experts: int, *, has_router: bool = True) -> Strategy:
@@ -53,21 +54,19 @@ def generate_with_strategy(
     model: RoutedModel,
     input_ids: Tensor | None,
     attention_mask: Tensor | None,
-    strategy: str,
+    chosen: Strategy,
     *,
     first_sample: int,
     seeds: list[int] | None,
     options: dict[str, Any],
 ) -> Any:
     """`causal_lm.generate` under a strategy; see `DyLoRA_MoE.generate`."""
-    forced = model.mixture.forced
-    chosen = parse_strategy(strategy, model.num_experts, has_router=model.router is not None or forced is not None)
     if input_ids is None and (chosen.kind in ("best", "ensemble") or seeds is not None):
-        raise RoutingError(f"strategy {strategy!r} needs input_ids")
+        raise RoutingError(f"strategy {chosen.kind!r} needs input_ids")
     if chosen.kind == "ensemble":
         return _ensemble(model, input_ids, attention_mask, seeds, options)
     rows = _returned_rows(model, input_ids, options)
-    route: Forced = None
+    route: Forced = chosen.route
     if chosen.kind == "base":
         route = ADAPTERS_OFF
     elif chosen.kind == "single":

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import pytest
 import torch
+from torch.nn.modules.module import register_module_forward_hook, register_module_forward_pre_hook
 from torch.utils._python_dispatch import TorchDispatchMode
-from transformers import LogitsProcessor, LogitsProcessorList, TemperatureLogitsWarper
+from transformers import LogitsProcessor, LogitsProcessorList, PrefixConstrainedLogitsProcessor, TemperatureLogitsWarper
 
 from dylo_moe import load_checkpoint
 from dylo_moe.held import only_known_code
@@ -176,6 +177,16 @@ def test_what_is_known_code(model):
     handle = model.causal_lm.model.layers[0].register_forward_hook(lambda *_: None)
     assert not only_known_code(model, {})
     handle.remove()
+    assert not only_known_code(model, {"logits_processor": [PrefixConstrainedLogitsProcessor(lambda batch, ids: [1], 1)]})
+    for register in (register_module_forward_hook, register_module_forward_pre_hook):
+        handle = register(lambda *_: None)
+        assert not only_known_code(model, {})
+        handle.remove()
+    assert only_known_code(model, {})
+    layer = model.causal_lm.model.layers[0]
+    layer.forward = lambda *args, **kwargs: type(layer).forward(layer, *args, **kwargs)
+    assert not only_known_code(model, {})
+    del layer.forward
     model.router = type("Own", (type(model.router),), {"__module__": "users.own"})(8, 2)
     assert not only_known_code(model, {})
 
