@@ -88,6 +88,7 @@ JUDGED_ORDER = (
     "crew",
     "spreading",
     "comparison",
+    "bounded",
     "truth",
     "checking",
     "scoring",

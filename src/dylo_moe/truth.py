@@ -9,11 +9,15 @@ from dataclasses import dataclass
 from types import ModuleType
 from typing import Any
 
+from dylo_moe.bounded import bounded
 from dylo_moe.comparison import Comparison
 from dylo_moe.sandbox.decoding import Damaged, decode
 from dylo_moe.sandbox.encoding import encode_and_ask
 
 PARTS = ("base", "plus")
+# Processor time and memory to look at an output, besides so many times what the expected one took to encode, and its bytes.
+COMPARE_SECONDS, _SECONDS_FACTOR = 20.0, 20.0
+COMPARE_BYTES, _BYTES_FACTOR = 2 * 2**30, 64
 
 
 @dataclass(frozen=True)
@@ -69,15 +73,17 @@ class Truth:
         return [answer.seconds for answer in self.answers[part]]
 
     def right(self, part: str, index: int, data: bytes) -> bool:
-        """Whether these bytes are a right output for that input."""
+        """Whether these bytes are a right output for that input. This process does not survive some that are made to harm it."""
         answer = self.answers[part][index]
         if answer.certain and data == answer.data:
             return True
+        arguments = deepcopy(self.inputs[part][index])
+        memory = COMPARE_BYTES + _BYTES_FACTOR * len(answer.data)
         try:
-            out = decode(data)
-        except Damaged:
+            with bounded(COMPARE_SECONDS + _SECONDS_FACTOR * answer.encode_seconds, memory):
+                return self.comparison.right(arguments, decode(answer.data), decode(data))
+        except (Damaged, MemoryError):
             return False
-        return self.comparison.right(deepcopy(self.inputs[part][index]), decode(answer.data), out)
 
     def readable(self, inputs: list[list]) -> list:
         """Inputs as EvalPlus writes them into its results."""

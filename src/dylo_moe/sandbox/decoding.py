@@ -79,7 +79,7 @@ class _Reader:
         if kind in b"JSY":
             return self._joined(kind, count)
         if kind == b"R":
-            texts = self.column(depth + 1)
+            texts = [_typed(str, text) for text in self.column(depth + 1)]  # lists within lists could stand for any number
             return [texts[number] for number in self._numbers(count)]
         if kind == b"X":
             return self._mixed(bytes(self._take(count)), depth)

@@ -15,6 +15,7 @@ import signal
 import struct
 import sys
 import tempfile
+import threading
 import time
 from collections.abc import Callable
 from functools import partial
@@ -57,12 +58,16 @@ class Host:
         if pid == 0:
             self._run(question, write, directory)
         os.close(write)
+        guard = _Guard(pid, Path(directory))
         try:
-            self.end(self._watch(read, Path(directory), question["idle_seconds"], question["total_seconds"]))
+            reason = self._watch(read, question["idle_seconds"], question["total_seconds"])
         finally:
             _kill(pid)
+            guard.stop()
+            os.waitpid(pid, 0)
             os.close(read)
             remove(Path(directory))
+        self.end("disk" if guard.overfull else reason)
 
     def end(self, reason: str) -> None:
         self._say(END, json.dumps(reason).encode())
@@ -82,7 +87,7 @@ class Host:
         finally:
             os._exit(0)
 
-    def _watch(self, pipe: int, directory: Path, idle_seconds: float, total_seconds: float) -> str:
+    def _watch(self, pipe: int, idle_seconds: float, total_seconds: float) -> str:
         """Passes on what comes out of the pipe until it ends; returns why it ended. The time to pass it on does not count."""
         begin = last = time.monotonic()
         size = 0
@@ -93,8 +98,6 @@ class Host:
             if size > MAX_BYTES:
                 return "too much"
             if not select.select([pipe], [], [], _TICK)[0]:
-                if overfull(directory):
-                    return "disk"
                 continue
             data = os.read(pipe, _CHUNK)
             if not data:
@@ -109,6 +112,33 @@ class Host:
         self._answers.write(kind + struct.pack("<Q", len(data)))
         self._answers.write(data)
         self._answers.flush()
+
+
+class _Guard:
+    """Kills a process that writes too much to its directory, also while nobody has time for what it says.
+
+    Attributes:
+        overfull: whether it did.
+    """
+
+    def __init__(self, pid: int, directory: Path) -> None:
+        self.overfull = False
+        self._pid, self._directory = pid, directory
+        self._over = threading.Event()
+        self._thread = threading.Thread(target=self._look)
+        self._thread.start()
+
+    def stop(self) -> None:
+        """The process may be waited for only then: until it is, its number is no other's."""
+        self._over.set()
+        self._thread.join()
+
+    def _look(self) -> None:
+        while not self._over.wait(_TICK):
+            if overfull(self._directory):
+                self.overfull = True
+                _kill(self._pid)
+                return
 
 
 def _lock(level: Level, paths: list[str], directory: str) -> None:
@@ -132,7 +162,6 @@ def _kill(pid: int) -> None:
             kill(pid, signal.SIGKILL)
         except ProcessLookupError:
             pass
-    os.waitpid(pid, 0)
 
 
 def _read(questions: BinaryIO) -> Any:

@@ -116,3 +116,19 @@ SELF_HARM = {
     "signal_itself": "    posix.kill(posix.getpid(), 9)",
     "null_pointer": "    return ctypes.string_at(0)",
 }
+
+# A hundred megabytes, no more, so that the test fails where nobody looks, and not the disk.
+FILL_WHILE_TALKING = """
+    def fill():
+        for i in range(10):
+            with io.open(str(i), "wb") as file:
+                file.write(bytes(10 * 2 ** 20))
+    threading.Thread(target=fill).start()
+    while True:
+        for number in range(3, 64):
+            try:
+                posix.write(number, b"x")
+            except OSError:
+                pass
+        time.sleep(0.01)
+"""

@@ -5,6 +5,7 @@ from __future__ import annotations
 import enum
 import math
 import re
+import struct
 from collections import Counter, OrderedDict, defaultdict, deque, namedtuple
 from decimal import Decimal
 from fractions import Fraction
@@ -162,6 +163,18 @@ def test_damaged_bytes_are_a_value_or_an_error(value, data):
             decode(bad)
         except Damaged:
             continue
+
+
+def head(kind, count):
+    return kind + struct.pack("<Q", count)
+
+
+def test_lists_are_not_written_once_for_many_as_texts_are():
+    texts = head(b"R", 2) + encode("a") + b"b" + bytes(2)
+    assert decode(head(b"L", 1) + b"b\2" + texts) == ["a", "a"]
+    lists = head(b"R", 2) + encode([]) + b"b" + bytes(2)
+    with pytest.raises(Damaged, match="list instead of str"):
+        decode(head(b"L", 1) + b"b\2" + lists)
 
 
 @pytest.mark.parametrize(

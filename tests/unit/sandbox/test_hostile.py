@@ -116,3 +116,16 @@ def test_solution_that_harms_itself_is_over_soon_and_the_next_one_runs(jail, tar
     assert run(jail, attacks.SELF_HARM[harm], target) in (b"", b"e", b"t", b"l")
     assert time.monotonic() - begin < 60
     assert works(jail, target)
+
+
+def test_disk_is_watched_while_there_is_much_to_read(jail, target):
+    """A thread says something all the time; what it says is no record, but keeps whoever reads it busy."""
+    assert works(jail, target)
+    code = f"{attacks.START}{attacks.FILL_WHILE_TALKING}\n"
+    times = {"load_seconds": 10, "seconds": [9.0], "encode_seconds": 5, "idle_seconds": 9, "total_seconds": 9}
+    chunks = jail.check({"part": "base", "solution": code, "stop_early": True, **times})
+    with pytest.raises(StopIteration) as end:
+        while True:
+            next(chunks)
+    assert end.value.value == "disk"
+    assert works(jail, target)
