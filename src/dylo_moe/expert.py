@@ -8,8 +8,9 @@ from peft import LoraConfig, PeftModel, get_peft_model
 from transformers import PreTrainedModel
 
 from dylo_moe.errors import RoutingError
+from dylo_moe.mixture import Mixture
 from dylo_moe.replaced import ExpertBias, RoutedModule
-from dylo_moe.routed import Mixture, RoutedLinear
+from dylo_moe.routed import RoutedLinear
 
 # The attention projections of the model families in use; a model has those that its modules' names end in.
 ATTENTION_PROJECTIONS = ("q_proj", "k_proj", "v_proj", "o_proj", "query_key_value", "c_attn", "Wqkv")

@@ -12,7 +12,8 @@ from torch import Tensor, nn
 from transformers.activations import ACT2FN
 
 from dylo_moe.errors import RoutingError
-from dylo_moe.routed import Mixture, RoutedLinear
+from dylo_moe.mixture import Mixture
+from dylo_moe.routed import RoutedLinear
 
 _BARE = frozenset(vars(nn.Module()))
 _NO_ACTIVATION = (nn.Dropout, nn.Identity, nn.Linear)

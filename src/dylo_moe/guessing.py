@@ -20,9 +20,9 @@ from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 from transformers import Cache, PretrainedConfig, PreTrainedModel
 
+from dylo_moe.mixture import Mixture
 from dylo_moe.pair_cost import PairCost
 from dylo_moe.paired_cache import PairedCache, can_pair
-from dylo_moe.routed import Mixture
 
 # What a step may have been given; with anything else it runs in two passes.
 _INPUTS = {"input_ids", "attention_mask", "position_ids", "past_key_values", "use_cache", "return_dict", "logits_to_keep"}

@@ -17,7 +17,8 @@ from torch import Tensor, nn
 from torch.nn.modules.module import _global_forward_hooks as _every
 from torch.nn.modules.module import _global_forward_pre_hooks as _every_pre
 
-from dylo_moe.sums import Plain, Sums
+from dylo_moe.plain import Plain
+from dylo_moe.sums import Sums
 
 # Options of generate that bring code: lists of objects, objects, and what is not looked into.
 _LISTS = ("logits_processor", "stopping_criteria")
@@ -33,16 +34,15 @@ class Held:
     """The stacks of one generation, made at first use."""
 
     def __init__(self) -> None:
-        self.plain: dict[int, Plain] = {}  # by the id of a layer that is kept already
+        self.plain: dict[int, Plain] = {}  # by the id of a layer
         self._sums: dict[int, Sums] = {}
-        self._kinds: dict[tuple, int] = {}
         self._owners: list[dict] = []  # where each stacked weight is found, and what it was then
         self._weights: list[Tensor] = []
         self._versions: list[int] = []
         self._places: list[int] = []
 
-    def sums_of(self, layer: LoraLinear, make: Callable[[], Sums], *, plain_base: nn.Module | None) -> Sums:
-        """The layer's, with a stack. plain_base: the base layer, if they are all that the layer adds to it."""
+    def sums_of(self, layer: LoraLinear, make: Callable[[], Sums]) -> Sums:
+        """The layer's, with a stack where one can be kept."""
         if id(layer) not in self._sums:
             sums = make()
             modules = [part[name] for part in (layer.lora_A, layer.lora_B) for name in part]
@@ -53,10 +53,7 @@ class Held:
                 self._weights.append(module.weight)
                 self._versions.append(module.weight._version)
                 self._places.append(module.weight.data_ptr())
-            kept = self._sums[id(layer)] = sums.stacked()
-            if plain_base is not None and plain_base.weight.dtype == kept.dtype:
-                kind = self._kinds.setdefault((*kept.kind, kept.shrinks[0].device), len(self._kinds))
-                self.plain[id(layer)] = Plain(plain_base, kept, kind)
+            self._sums[id(layer)] = sums.stacked()
         return self._sums[id(layer)]
 
     def check(self) -> None:

@@ -16,9 +16,10 @@ from dylo_moe.errors import RoutingError
 from dylo_moe.expert import ExpertManager, expert_order
 from dylo_moe.formats import Checkpoint, write_native
 from dylo_moe.guard import guard, unguard
+from dylo_moe.mixture import Mixture
 from dylo_moe.replaced import check_versions, has_biases, saved_modules
 from dylo_moe.routable import notes_on, restore_layers, routable_layers, route_layers, routed_units
-from dylo_moe.routed import Mixture, RoutedLinear
+from dylo_moe.routed import RoutedLinear
 from dylo_moe.router import load_balancing_loss
 from dylo_moe.routing import Routing
 from dylo_moe.saving import stored_expert, stored_router

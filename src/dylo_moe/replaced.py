@@ -16,7 +16,8 @@ from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
 from dylo_moe.errors import RoutingError, ShapeMismatch
-from dylo_moe.routed import Mixture, RoutedLinear
+from dylo_moe.mixture import Mixture
+from dylo_moe.routed import RoutedLinear
 
 _WITH_BIAS = (nn.Linear, Conv1D, nn.LayerNorm)
 _CHILD = "expert_bias"

@@ -12,8 +12,10 @@ from transformers import PreTrainedModel
 
 from dylo_moe.errors import RoutingError
 from dylo_moe.feed_forward import RoutedFeedForward
+from dylo_moe.mixture import Mixture
 from dylo_moe.replaced import RoutedModule, saved_modules
-from dylo_moe.routed import Mixture, RoutedLinear
+from dylo_moe.routed import RoutedLinear
+from dylo_moe.siblings import siblings
 
 # PEFT's LoRA layers on quantised Linears; named, since importing them needs the packages that quantise.
 _ON_QUANTISED = (
@@ -88,10 +90,21 @@ def route_layers(causal_lm: PreTrainedModel, layers: dict[str, LoraLinear], mixt
     mixture.num_layers = len(places)
     for name, layer in layers.items():
         _replace(causal_lm, name, RoutedLinear(layer, mixture, places.get(name), is_readout=layer is readout))
+    _introduce_siblings(causal_lm, layers)
     for name, wrapper in saved_modules(causal_lm).items():
         _replace(causal_lm, name, RoutedModule(wrapper, mixture, is_readout=wrapper is readout))
     for name in places.keys() - layers.keys():
         _replace(causal_lm, name, RoutedFeedForward(causal_lm.get_submodule(name), mixture, places[name]))
+
+
+def _introduce_siblings(causal_lm: PreTrainedModel, layers: Iterable[str]) -> None:
+    """Only in modules of transformers, which are known not to write into what their Linears read."""
+    for paths in siblings(list(layers)):
+        parent = causal_lm.get_submodule(paths[0].rpartition(".")[0])
+        if type(parent).__module__.startswith("transformers."):
+            group = [causal_lm.get_submodule(path) for path in paths]
+            for place, layer in enumerate(group):
+                layer.siblings = tuple(group[place + 1 :])
 
 
 def restore_layers(causal_lm: PreTrainedModel) -> None:

@@ -8,167 +8,20 @@ Shapes: B batch, S sequence, E experts, L routed layers, R sum of the experts' r
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
-from numbers import Integral
 
 import torch
 from peft.tuners.lora import Linear as LoraLinear
 from torch import Tensor, nn
-from transformers.pytorch_utils import Conv1D
 
-from dylo_moe.errors import RoutingError, UnknownExpert
+from dylo_moe.errors import RoutingError
 from dylo_moe.gradients import add_lean
-from dylo_moe.held import Held
+from dylo_moe.mixture import Mixture
+from dylo_moe.plain import FRESH, Plain, Together, fits, may_join
 from dylo_moe.quantised import keep_scales
-from dylo_moe.spread import Spread
 from dylo_moe.sums import Sums, add_dense, add_grouped
-from dylo_moe.threads import PerThread, ThreadState
-
-# None: adapters off. int: that expert alone. Tensor: (B|1, S|1, E) or (B, S, L, E). nn.Module: routes each layer's own input;
-# a ModuleList has one gate per layer, any other module is shared by all of them.
-Route = None | int | Tensor | nn.Module
-
-# Base layers whose output is nobody else's.
-_FRESH = (nn.Linear, Conv1D)
 
 # PEFT's layers that round an adapter's output to the base's dtype before they add it.
 _ROUNDS_DELTA = ("Linear4bit", "Linear8bitLt", "AwqLoraLinear", "EetqLoraLinear")
-
-
-class _Now(ThreadState):
-    """What one thread's passes mix."""
-
-    def __init__(self) -> None:
-        self.asked: int | Tensor | None = None
-        self.kept_positions: int | Tensor | None = None
-        self.layer_weights: dict[int, Tensor] = {}
-        self.held: Held | None = None
-        self._routes: list[Route] = []
-        self._spreads: list[Spread | None] = []
-
-
-class Mixture:
-    """What the routed layers of one model mix at this moment. One object per model, shared by its layers.
-
-    A layer outside of a routed forward pass refuses to run: falling back to any mixture would be silently wrong.
-
-    Args:
-        expert_names: adapters in the order of the routing weights' columns.
-        shared: an adapter that is no expert: added with weight 1 wherever it exists, unless the adapters are off.
-
-    Attributes:
-        active_expert: the one that runs in every pass of which nothing else was asked; None: the router decides.
-    """
-
-    asked = PerThread()  # of the passes under way, instead of the router's choice
-    kept_positions = PerThread()  # the pass's logits_to_keep
-    layer_weights = PerThread()
-    held = PerThread()  # while nobody can change a weight
-    _routes = PerThread()
-    _spreads = PerThread()  # of the routes
-
-    def __init__(self, expert_names: list[str], shared: str | None = None) -> None:
-        self.expert_names = expert_names
-        self.shared = shared
-        self.num_layers = 0
-        self.active_expert: int | None = None
-        self.now = _Now()
-        self._layouts: dict[tuple, tuple[Tensor, Tensor]] = {}
-
-    @property
-    def forced(self) -> int | Tensor | None:
-        """What passes use instead of the router's choice."""
-        return self.active_expert if self.asked is None else self.asked
-
-    @property
-    def num_experts(self) -> int:
-        return len(self.expert_names)
-
-    @property
-    def route(self) -> Route:
-        if not self._routes:
-            raise RoutingError("a routed layer was called outside of its model's forward; call the model itself")
-        return self._routes[-1]
-
-    @property
-    def active(self) -> bool:
-        return bool(self._routes)
-
-    def enter(self, route: Route) -> None:
-        self._routes.append(route)
-        self._spreads.append(None)
-
-    def leave(self) -> None:
-        self._routes.pop()
-        self._spreads.pop()
-
-    @contextmanager
-    def asking(self, route: int | Tensor | None) -> Iterator[None]:
-        """Passes inside are asked for this route, whatever those around them are; None leaves it to the router.
-
-        A pass that Ctrl-C ended has not left: torch then calls no hook. It is left here.
-        """
-        asked, depth = self.asked, len(self._routes)
-        self.asked = route
-        try:
-            yield
-        finally:
-            self.asked = asked
-            del self._routes[depth:], self._spreads[depth:]
-
-    def spread(self, weights: Tensor, shape: tuple[int, int]) -> Spread:
-        """The weights (B|1, S|1, E) over an input of (B, S); the route's own are worked out once.
-
-        A checkpointed block has a route of its own, in its first pass as when it is recomputed: it records the same.
-        """
-        if torch.compiler.is_compiling():
-            return Spread(weights, shape, {})
-        if not self._routes or weights is not self._routes[-1]:
-            return Spread(weights, shape, self._layouts)
-        kept = self._spreads[-1]
-        if kept is None or kept.shape != shape or kept.grows != torch.is_grad_enabled():
-            kept = self._spreads[-1] = Spread(weights, shape, self._layouts)
-        return kept
-
-    def pass_spread(self, x: Tensor) -> Spread | None:
-        """The spread of the pass over an input x (B, S, in); None unless all layers have the same weights."""
-        known = self._spreads[-1] if self._spreads else None
-        if known is not None and known.shape == x.shape[:2]:
-            return known
-        route = self.route
-        return self.spread(route, x.shape[:2]) if isinstance(route, Tensor) and route.dim() == 3 else None
-
-    @contextmanager
-    def using(self, route: Route) -> Iterator[None]:
-        self.enter(route)
-        try:
-            yield
-        finally:
-            self.leave()
-
-    def weights_at(self, route: Tensor | nn.Module, length: int, *, is_readout: bool) -> Tensor:
-        """The weights of a module that is no routed layer of its own, (B|1, length|1, E).
-
-        is_readout: with logits_to_keep, it sees the last positions, or the kept ones, only.
-
-        Raises:
-            RoutingError: each layer has its own weights, and this module is none of them.
-        """
-        if isinstance(route, nn.Module) or route.dim() == 4:
-            raise RoutingError("experts with modules or biases of their own need one routing for all layers, not one per layer")
-        return self.kept(route, length) if is_readout else route
-
-    def kept(self, weights: Tensor, length: int) -> Tensor:
-        """The weights (B, S, E) at the `length` positions that the readout sees."""
-        if isinstance(self.kept_positions, Tensor) and weights.shape[1] > 1:
-            return weights[:, self.kept_positions]
-        return weights[:, -length:] if length < weights.shape[1] else weights
-
-    def check_expert(self, expert_id: int) -> int:
-        """Any integer type, NumPy's too, as an int. Raises UnknownExpert unless 0 <= expert_id < num_experts."""
-        if isinstance(expert_id, bool) or not isinstance(expert_id, Integral) or not 0 <= expert_id < self.num_experts:
-            raise UnknownExpert(f"expert_id={expert_id!r}, but should be an integer from 0 to {self.num_experts - 1}")
-        return int(expert_id)
 
 
 class RoutedLinear(LoraLinear):
@@ -187,15 +40,16 @@ class RoutedLinear(LoraLinear):
         self.mixture = mixture
         self.index = index
         self.is_readout = is_readout
+        self.siblings: tuple[RoutedLinear, ...] = ()  # that read the same tensor after this one
+        self._plain: Plain | None = None  # of the last pass that went this way
         self.rounds_delta = type(layer).__name__ in _ROUNDS_DELTA
 
     def forward(self, x: Tensor, *args: object, **kwargs: object) -> Tensor:
         """x: (B, S, in) -> (B, S, out), mixed as the model's Mixture says."""
-        if self.mixture.held is not None and not torch.is_grad_enabled():
-            plain = self.mixture.held.plain.get(id(self))
-            spread = None if plain is None else self.mixture.pass_spread(x)
-            if spread is not None:
-                return plain.mixed(x, spread)
+        if not (torch.is_grad_enabled() or args or kwargs):
+            result = self._short_way(x)
+            if result is not None:
+                return result
         route = self.mixture.route
         if self.merged:
             raise RoutingError("an adapter is merged into the base weights; call unmerge_adapter() before routing")
@@ -214,6 +68,50 @@ class RoutedLinear(LoraLinear):
             return self._add_expert(result, x, self.mixture.expert_names[route], base)
         experts = self.experts_here
         return self._add_mixture(result, x, self._weights_here(route, x), base, experts) if experts else result
+
+    def _short_way(self, x: Tensor) -> Tensor | None:
+        """The mixture as `plain` computes it; None where it cannot."""
+        spread = None if self.is_readout or self.mixture.shared is not None else self.mixture.pass_spread(x)
+        if spread is None:
+            return None
+        found = spread.ahead.pop(self, None)
+        if found is not None and found[0] is x:
+            _, plain, hidden = found
+            return plain.mixed(x, spread, hidden)
+        plain = self._plain_now()
+        if plain is None or x.dtype is not plain.dtype:
+            return None
+        together = plain.alone if torch.compiler.is_compiling() else self._together(plain)
+        hidden, *others = together.hidden(x, spread)
+        if others:
+            spread.ahead = {layer: (x, *rest) for layer, *rest in zip(self.siblings, together.members[1:], others, strict=True)}
+        return plain.mixed(x, spread, hidden)
+
+    def _plain_now(self) -> Plain | None:
+        """The layer as `plain` wants it, if it is so now."""
+        held = self.mixture.held
+        if held is not None and id(self) in held.plain:
+            return held.plain[id(self)]
+        if torch.compiler.is_compiling():
+            return None
+        names = self.mixture.expert_names
+        if self._plain is None or not self._plain.is_current(self, names):
+            experts = self.experts_here
+            self._plain = Plain(self, names, experts, self.mixture.kinds) if experts and fits(self) else None
+        if held is not None and self._plain is not None:
+            kept = held.sums_of(self, lambda: self._plain.sums)
+            if kept.stack is not None:
+                return held.plain.setdefault(id(self), Plain(self, names, self.experts_here, self.mixture.kinds, kept.stack))
+        return self._plain
+
+    def _together(self, plain: Plain) -> Together:
+        """With its siblings, where one product for all of them is quicker."""
+        if not self.siblings or any(layer._forward_hooks or layer._forward_pre_hooks for layer in (self, *self.siblings)):
+            return plain.alone  # a hook may write into what they read
+        members = [plain, *(layer._plain_now() for layer in self.siblings)]
+        if members != plain.together.members:
+            plain.together = Together(members) if may_join(members) else plain.alone
+        return plain.together
 
     def mix(self, x: Tensor, weights: Tensor) -> Tensor:
         """The layer alone. x: (B, S, in); weights: (B, S, E), or (B, 1, E) for the whole sequence -> (B, S, out)."""
@@ -260,7 +158,7 @@ class RoutedLinear(LoraLinear):
         sums = [expert for expert in experts if expert not in variants] if variants else experts
         weights = weights.to(x.device)
         if sums:
-            is_shared = result is base and (variants or self.base_layer._forward_hooks or type(self.base_layer) not in _FRESH)
+            is_shared = result is base and (variants or self.base_layer._forward_hooks or type(self.base_layer) not in FRESH)
             result = self._add_sums(result.clone() if is_shared else result, x, weights, sums)
         for e, name in variants:
             output = self._run_variant(name, self._cast_input_dtype(x, self.lora_A[name].weight.dtype), base)
@@ -299,16 +197,8 @@ class RoutedLinear(LoraLinear):
 
     def _sums(self, experts: list[tuple[int, str]]) -> Sums:
         if self.mixture.held is not None and not (torch.is_grad_enabled() or torch.compiler.is_compiling()):
-            plain_base = self.base_layer if self._is_plain() else None
-            return self.mixture.held.sums_of(self, lambda: self._sums_now(experts), plain_base=plain_base)
+            return self.mixture.held.sums_of(self, lambda: self._sums_now(experts))
         return self._sums_now(experts)
-
-    def _is_plain(self) -> bool:
-        """Whether the layer is its base, which nobody watches, and the sums of all its experts."""
-        own = self.lora_variant or self.is_readout or self.mixture.shared is not None or any(self.lora_bias.values())
-        base = self.base_layer
-        watched = type(base) not in _FRESH or base._forward_hooks or base._forward_pre_hooks
-        return not (own or watched or self.merged or self.disable_adapters or self.training)
 
     def _sums_now(self, experts: list[tuple[int, str]]) -> Sums:
         lora_A, lora_B, scaling = self.lora_A._modules, self.lora_B._modules, self.scaling

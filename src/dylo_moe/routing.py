@@ -16,8 +16,9 @@ from dylo_moe.errors import RoutingError
 from dylo_moe.formats.checkpoint import ROUTER_FEATURES
 from dylo_moe.guessing import Guesses
 from dylo_moe.held import Held, only_known_code
+from dylo_moe.mixture import Mixture, Route
 from dylo_moe.pair_cost import PairCost
-from dylo_moe.routed import Mixture, Route, RoutedCheckpoint, RoutedLinear
+from dylo_moe.routed import RoutedCheckpoint, RoutedLinear
 from dylo_moe.row_routes import RowRoutes
 from dylo_moe.sight import Sight
 from dylo_moe.threads import PerThread, ThreadState

@@ -14,8 +14,8 @@ from transformers import Cache, DynamicCache, PreTrainedModel
 
 from dylo_moe.caches import feature_half
 from dylo_moe.guessing import Guesses
+from dylo_moe.mixture import Mixture
 from dylo_moe.pair_cost import PairCost
-from dylo_moe.routed import Mixture
 
 # What only the full model understands; the decoder below its head gets the rest.
 _HEAD_ARGUMENTS = ("labels", "logits_to_keep", "num_items_in_batch", "return_dict")

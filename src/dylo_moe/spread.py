@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from functools import cached_property
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 # (column of the routing weights, scaling, rank) of each expert that a layer has.
 Signature = tuple[tuple[int, float, int], ...]
@@ -48,7 +48,8 @@ class Spread:
         self.shape = shape
         self.grows = torch.is_grad_enabled()  # the rest is worked out with a graph
         self.choices: dict[tuple, bool] = {}  # dense or grouped, for the layers so far
-        self.plans: dict[int, Tensor | bool] = {}  # the factors for each kind of kept layer, False where grouped does less work
+        self.plans: dict[int, Tensor | bool] = {}  # the factors for each kind of plain layers, False where grouped does less work
+        self.ahead: dict[nn.Module, tuple] = {}  # what a layer's sibling has worked out for it: (input, how, A x times factors)
         self._layouts = layouts
         self._factors: dict[Signature, Tensor] = {}
         self._factors_of_tokens: dict[Signature, Tensor] = {}

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from transformers import LogitsProcessorList, PreTrainedModel
 
 from dylo_moe.errors import RoutingError, UnknownStrategy
-from dylo_moe.routed import Mixture
+from dylo_moe.mixture import Mixture
 from dylo_moe.routing import ADAPTERS_OFF, Forced, Routing
 from dylo_moe.sampling import Draw, warpers_from_options
 

@@ -11,7 +11,7 @@ from __future__ import annotations
 from dataclasses import dataclass, replace
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from torch.nn import functional as F
 
 from dylo_moe.spread import Chunk, Signature, Spread
@@ -71,45 +71,6 @@ class Sums:
         products = sum((_SKINNY * count + _READ) * rank for count, rank in used) * self._width
         moves = 0 if spread.tokens == 1 else _MOVE * self._width * sum(count for count, _ in used)
         return products + moves + 2 * _CALL * len(used)
-
-
-class Plain:
-    """A layer that is its base, which nobody watches, and the kept stack of all its experts: the short way for few tokens.
-
-    Args:
-        base: a Linear or Conv1D without hooks, of the experts' dtype.
-        sums: with a stack.
-        kind: a number for all layers that make the same choice and have the same factors; comparing those in each layer takes
-            longer than a product.
-    """
-
-    def __init__(self, base: nn.Module, sums: Sums, kind: int) -> None:
-        self._base = base.forward
-        self._sums = sums
-        self._kind = kind
-        self._shrink, self._expand = sums.stack
-        self._dtype, self._rank, self._width = sums.dtype, self._shrink.shape[0], self._expand.shape[1]
-
-    def mixed(self, x: Tensor, spread: Spread) -> Tensor:
-        """x: (B, S, in) -> (B, S, out), without a graph."""
-        factors = spread.plans.get(self._kind)
-        if factors is None:
-            factors = spread.plans[self._kind] = self._plan(spread)
-        result = self._base(x)
-        if factors is False:
-            return add_grouped(result, x, spread, self._sums)
-        if result.dtype is not self._dtype:  # autocast
-            return add_dense(result, x, spread, self._sums)
-        hidden = F.linear(x, self._shrink).mul_(factors)
-        result.view(-1, self._width).addmm_(hidden.view(-1, self._rank), self._expand)
-        return result
-
-    def _plan(self, spread: Spread) -> Tensor | bool:
-        """The factors, or False where the grouped way costs less."""
-        device = self._shrink.device
-        if device.type == "cpu" and not torch.compiler.is_compiling() and self._sums.cheaper_grouped(spread):
-            return False
-        return spread.factors(self._sums.signature).to(device)
 
 
 def add_dense(result: Tensor, x: Tensor, spread: Spread, sums: Sums, hidden: Tensor | None = None) -> Tensor:

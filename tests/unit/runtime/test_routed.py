@@ -12,7 +12,8 @@ from torch import nn
 from transformers.pytorch_utils import Conv1D
 
 from dylo_moe.errors import RoutingError, UnknownExpert
-from dylo_moe.routed import Mixture, RoutedLinear
+from dylo_moe.mixture import Mixture
+from dylo_moe.routed import RoutedLinear
 
 RANKS = (2, 3, 5)
 D_IN, D_OUT = 7, 11

@@ -1,0 +1,167 @@
+"""The short way through layers that are their bases, which nobody watches, and sums of their experts: outside of a graph.
+
+Layers that read one tensor (q, k and v of an attention) multiply it by all their A in one product and weigh that once: three
+products with few columns each take longer than one with three times as many.
+
+Shapes: B batch, S sequence, T = B * S tokens, R sum of the experts' ranks in a layer.
+"""
+
+from __future__ import annotations
+
+from itertools import chain, count, repeat
+from operator import attrgetter, contains, methodcaller
+
+import torch
+from peft.tuners.lora import Linear as LoraLinear
+from torch import Tensor, nn
+from torch.nn import functional as F
+from transformers.pytorch_utils import Conv1D
+
+from dylo_moe.spread import Signature, Spread
+from dylo_moe.sums import Sums, add_dense, add_grouped
+
+# Base layers whose output is nobody else's.
+FRESH = (nn.Linear, Conv1D)
+
+# Looked at in every pass, for each expert of each layer.
+_WEIGHT, _SHAPE, _PARAMETERS = methodcaller("get", "weight"), attrgetter("shape"), attrgetter("_parameters")
+# A product with this many columns is as quick alone.
+_MANY = 512
+_MOST_KINDS = 4096
+
+
+class Kinds:
+    """A number for everything that a choice depends on: comparing that in each layer takes longer than a product."""
+
+    def __init__(self) -> None:
+        self._numbers: dict[tuple, int] = {}
+        self._next = count()
+
+    def number(self, *described: object) -> int:
+        number = self._numbers.get(described)
+        if number is None:
+            if len(self._numbers) >= _MOST_KINDS:  # scalings that change at every step
+                self._numbers.clear()
+            number = self._numbers.setdefault(described, next(self._next))
+        return number
+
+
+class Plain:
+    """Such a layer, as it was when this was made.
+
+    Args:
+        layer: a LoRA layer without a shared adapter.
+        experts: (column of the routing weights, adapter name) of those that it has.
+        kinds: of all layers that share routing weights.
+        stack: all A (R, in) and all B (R, out), where they are kept; else each pass stacks what the parameters then are.
+    """
+
+    def __init__(
+        self,
+        layer: LoraLinear,
+        expert_names: list[str],
+        experts: list[tuple[int, str]],
+        kinds: Kinds,
+        stack: tuple[Tensor, Tensor] | None = None,
+    ) -> None:
+        self.kinds, self.stack = kinds, stack
+        shrinks, expands = _parts(layer)
+        self._parts = (layer._modules["base_layer"], dict(shrinks), dict(expands), dict(layer.scaling), list(expert_names))
+        self._base_forward = layer.base_layer if stack is None else layer.base_layer.forward  # what is kept, nobody watches
+        self._shrinks, self._expands = ([part[name]._parameters for _, name in experts] for part in (shrinks, expands))
+        weights = self.shrinks
+        self._shapes = list(map(_SHAPE, weights))
+        self.signature: Signature = tuple((e, layer.scaling[name], len(a)) for (e, name), a in zip(experts, weights, strict=True))
+        self.rank, self.dtype, self.device = sum(map(len, weights)), weights[0].dtype, weights[0].device
+        self.alone = Together([self])
+        self.together = self.alone  # with those that were last found to read the same
+
+    @property
+    def shrinks(self) -> list[Tensor]:
+        """Each A (r, in), as it is now."""
+        return list(map(_WEIGHT, self._shrinks))
+
+    @property
+    def sums(self) -> Sums:
+        return Sums(self.signature, self.shrinks, list(map(_WEIGHT, self._expands)), self.stack)
+
+    def is_current(self, layer: LoraLinear, expert_names: list[str]) -> bool:
+        """Whether the layer is still of the same parts, scaled alike. Weights may have changed, and are read anew."""
+        parts = (layer._modules["base_layer"], *_parts(layer), layer.scaling, expert_names)
+        if parts != self._parts or not fits(layer):
+            return False
+        weights = self.shrinks
+        return list(map(_SHAPE, weights)) == self._shapes and weights[0].dtype is self.dtype and weights[0].device == self.device
+
+    def mixed(self, x: Tensor, spread: Spread, hidden: Tensor | None) -> Tensor:
+        """x: (B, S, in); hidden: A x times the factors, (T, R), or None where the grouped way costs less -> (B, S, out)."""
+        result = self._base_forward(x)
+        if hidden is None:
+            return add_grouped(result, x, spread, self.sums)
+        if result.dtype is not self.dtype or not result.is_contiguous():  # under autocast, say
+            return add_dense(result, x, spread, self.sums)
+        expand = torch.cat(list(map(_WEIGHT, self._expands)), dim=1).t() if self.stack is None else self.stack[1]
+        result.view(-1, expand.shape[1]).addmm_(hidden, expand)
+        return result
+
+
+class Together:
+    """The A of layers that read one tensor."""
+
+    def __init__(self, members: list[Plain]) -> None:
+        first = members[0]
+        self.members = members
+        self._widths = [member.rank for member in members]
+        self._signature = sum((member.signature for member in members), ())
+        stacks = [member.stack[0] for member in members if member.stack is not None]
+        self._stack = None if len(stacks) < len(members) else stacks[0] if len(stacks) == 1 else torch.cat(stacks)
+        self._kind = first.kinds.number(self._signature, first.sums.kind, first.device)
+
+    def hidden(self, x: Tensor, spread: Spread) -> list[Tensor | None]:
+        """x: (B, S, in) -> for each layer A x times the factors, (T, R), or None where the grouped way costs the first less."""
+        factors = spread.plans.get(self._kind)
+        if factors is None:
+            factors = spread.plans[self._kind] = self._plan(spread)
+        if factors is False:
+            return [None] * len(self.members)
+        hidden = F.linear(x, self._shrink)
+        hidden = hidden.mul_(factors) if hidden.dtype is factors.dtype else (hidden * factors).to(hidden.dtype)
+        return hidden.flatten(0, -2).split(self._widths, dim=1)
+
+    @property
+    def _shrink(self) -> Tensor:
+        """All A, (sum of R, in)."""
+        return torch.cat([weight for member in self.members for weight in member.shrinks]) if self._stack is None else self._stack
+
+    def _plan(self, spread: Spread) -> Tensor | bool:
+        """The factors, or False where the grouped way costs less."""
+        first = self.members[0]
+        if first.device.type == "cpu" and not torch.compiler.is_compiling() and first.sums.cheaper_grouped(spread):
+            return False
+        return spread.factors(self._signature).to(first.device)
+
+
+def fits(layer: LoraLinear) -> bool:
+    """Whether a layer is its base, which nobody watches, and sums of its experts, whose weights are parameters."""
+    if layer.lora_variant or layer.merged_adapters or layer._disable_adapters or layer.training:
+        return False
+    base = layer._modules["base_layer"]
+    if type(base) not in FRESH or base._forward_hooks or base._forward_pre_hooks or True in layer.lora_bias.values():
+        return False
+    parameters = map(_PARAMETERS, chain.from_iterable(map(dict.values, _parts(layer))))
+    return all(map(contains, parameters, repeat("weight")))
+
+
+def may_join(members: list[Plain | None]) -> bool:
+    """Whether one product for all of these layers is quicker than one for each."""
+    first = members[0]
+    return all(
+        member is not None and (member.device, member.dtype) == (first.device, first.dtype) and member.rank < _MANY
+        for member in members
+    )
+
+
+def _parts(layer: LoraLinear) -> tuple[dict[str, nn.Module], dict[str, nn.Module]]:
+    """A and B of every adapter, without what a ModuleDict takes to say so."""
+    modules = layer._modules
+    return modules["lora_A"]._modules, modules["lora_B"]._modules
