@@ -91,7 +91,8 @@ class Plain:
         if parts != self._parts or not fits(layer):
             return False
         weights = self.shrinks
-        return list(map(_SHAPE, weights)) == self._shapes and weights[0].dtype is self.dtype and weights[0].device == self.device
+        first = weights[0]
+        return first.dtype is self.dtype and list(map(_SHAPE, weights)) == self._shapes and first.device == self.device
 
     def mixed(self, x: Tensor, spread: Spread, hidden: Tensor | None) -> Tensor:
         """x: (B, S, in); hidden: A x times the factors, (T, R), or None where the grouped way costs less -> (B, S, out)."""
@@ -112,6 +113,7 @@ class Together:
         first = members[0]
         self.members = members
         self._widths = [member.rank for member in members]
+        self._width = sum(self._widths)
         self._signature = sum((member.signature for member in members), ())
         stacks = [member.stack[0] for member in members if member.stack is not None]
         self._stack = None if len(stacks) < len(members) else stacks[0] if len(stacks) == 1 else torch.cat(stacks)
@@ -126,7 +128,8 @@ class Together:
             return [None] * len(self.members)
         hidden = F.linear(x, self._shrink)
         hidden = hidden.mul_(factors) if hidden.dtype is factors.dtype else (hidden * factors).to(hidden.dtype)
-        return hidden.flatten(0, -2).split(self._widths, dim=1)
+        hidden = hidden.view(-1, self._width)
+        return [hidden] if len(self._widths) == 1 else hidden.split_with_sizes(self._widths, 1)
 
     @property
     def _shrink(self) -> Tensor:
