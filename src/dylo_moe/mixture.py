@@ -118,9 +118,12 @@ class Mixture:
 
     def pass_spread(self, x: Tensor) -> Spread | None:
         """The spread of the pass over an input x (B, S, in); None unless all layers have the same weights, and these fit x."""
-        known, shape = self._spreads[-1] if self._spreads else None, x.shape[:2]
-        if x.dim() != 3 or (known is not None and known.shape == shape):
-            return known if x.dim() == 3 else None
+        if x.dim() != 3:
+            return None
+        spreads, shape = self._spreads, x.shape[:2]
+        known = spreads[-1] if spreads else None
+        if known is not None and known.shape == shape:
+            return known
         route = self.route
         if not isinstance(route, Tensor) or route.dim() != 3 or route.shape[2] != self.num_experts:
             return None

@@ -90,8 +90,9 @@ class RoutedLinear(LoraLinear):
     def _plain_now(self) -> Plain | None:
         """The layer as `plain` wants it, if it is so now."""
         held = self.mixture.held
-        if held is not None and id(self) in held.plain:
-            return held.plain[id(self)]
+        kept = None if held is None else held.plain.get(id(self))
+        if kept is not None:
+            return kept
         if torch.compiler.is_compiling():
             return None
         names = self.mixture.expert_names
