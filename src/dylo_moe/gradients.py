@@ -37,7 +37,7 @@ def add_lean(result: Tensor, x: Tensor, spread: Spread, sums: Sums) -> Tensor:
 
 def _working_dtype(x: Tensor, sums: Sums) -> torch.dtype:
     device = x.device.type
-    if sums.dtype == torch.float64 or not torch.is_autocast_enabled(device):
+    if sums.dtype == torch.float64 or not torch.amp.is_autocast_available(device) or not torch.is_autocast_enabled(device):
         return sums.dtype
     return torch.get_autocast_dtype(device)
 

@@ -14,8 +14,8 @@ from typing import Any
 
 from peft.tuners.lora import Linear as LoraLinear
 from torch import Tensor, nn
-from torch.nn.modules.module import _global_forward_hooks as _every
-from torch.nn.modules.module import _global_forward_pre_hooks as _every_pre
+from torch.nn.modules.module import _global_forward_hooks as EVERY
+from torch.nn.modules.module import _global_forward_pre_hooks as EVERY_PRE
 
 from dylo_moe.plain import Plain
 from dylo_moe.sums import Sums
@@ -84,7 +84,7 @@ def _functions_in(objects: Iterable[object]) -> Iterator[Callable]:
 
 def _hooks(modules: Iterable[nn.Module]) -> Iterator[Callable]:
     """What runs in a pass beside the modules' own code: hooks of one or of all, and functions put in the place of a forward."""
-    yield from (*_every.values(), *_every_pre.values())
+    yield from (*EVERY.values(), *EVERY_PRE.values())
     for module in modules:
         yield from (*module._forward_hooks.values(), *module._forward_pre_hooks.values())
         if "forward" in module.__dict__:

@@ -45,9 +45,19 @@ def routable_layers(causal_lm: PreTrainedModel) -> dict[str, LoraLinear]:
             kind = f"{type(module).__module__}.{type(module).__name__} {', '.join(sorted(variants))}".strip()
             raise RoutingError(f"{name} is a {kind}, but should be a LoRA or DoRA on a Linear or Conv1D, quantised or not")
         layers[name] = module
+    _check_offloaded(causal_lm, layers)
     if not layers:
         raise RoutingError("the model has no LoRA layer to route")
     return layers
+
+
+def _check_offloaded(causal_lm: PreTrainedModel, layers: dict[str, LoraLinear]) -> None:
+    """A model that is on the device meta as a whole has yet to get its weights; parts that are there were offloaded."""
+    if all(parameter.is_meta for parameter in causal_lm.parameters()):
+        return
+    for name, layer in layers.items():
+        if any(part[adapter].weight.is_meta for part in (layer.lora_A, layer.lora_B) for adapter in part):
+            raise RoutingError(f"{name}: experts are offloaded (on the device meta), but should stay on a device; see device_map")
 
 
 def _is_lora_of_linear(module: nn.Module) -> bool:

@@ -15,6 +15,7 @@ from torch import Tensor, nn
 
 from dylo_moe.errors import RoutingError
 from dylo_moe.gradients import add_lean
+from dylo_moe.held import EVERY, EVERY_PRE
 from dylo_moe.mixture import Mixture
 from dylo_moe.plain import FRESH, Plain, Together, fits, may_join
 from dylo_moe.quantised import keep_scales
@@ -79,7 +80,7 @@ class RoutedLinear(LoraLinear):
             _, plain, hidden = found
             return plain.mixed(x, spread, hidden)
         plain = self._plain_now()
-        if plain is None or x.dtype is not plain.dtype:
+        if plain is None or x.dtype is not plain.dtype or x.device != plain.device:
             return None
         together = plain.alone if torch.compiler.is_compiling() else self._together(plain)
         hidden, *others = together.hidden(x, spread)
@@ -107,7 +108,8 @@ class RoutedLinear(LoraLinear):
 
     def _together(self, plain: Plain) -> Together:
         """With its siblings, where one product for all of them is quicker."""
-        if not self.siblings or any(layer._forward_hooks or layer._forward_pre_hooks for layer in (self, *self.siblings)):
+        hooked = EVERY or EVERY_PRE or any(layer._forward_hooks or layer._forward_pre_hooks for layer in (self, *self.siblings))
+        if not self.siblings or hooked:
             return plain.alone  # a hook may write into what they read
         members = [plain, *(layer._plain_now() for layer in self.siblings)]
         if members != plain.together.members:
@@ -178,6 +180,8 @@ class RoutedLinear(LoraLinear):
         if any(self.lora_bias.values()):
             result = self._add_lora_biases(result, weights, experts)
         sums = self._sums(experts)
+        if sums.shrinks[0].is_meta and not x.is_meta:
+            raise RoutingError("experts are offloaded (on the device meta), but should stay on a device; see device_map")
         if self._drops_out(experts):
             x = self._cast_input_dtype(x, sums.dtype)
             # Each expert draws its own mask, as it does in PEFT.

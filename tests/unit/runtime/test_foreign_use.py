@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
+from accelerate.hooks import attach_align_device_hook
 from peft import LoraConfig, get_peft_model
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, Trainer, TrainingArguments
@@ -73,3 +74,25 @@ def test_trainer_trains_with_gradient_checkpointing_and_saves(specimens, ids, tm
     assert not torch.equal(model.router.gate.weight, before)
     saved = load_file(tmp_path / "checkpoint-2" / "model.safetensors")
     assert torch.equal(saved["router.gate.weight"], model.router.gate.weight)
+
+
+def offload(module) -> None:
+    """As accelerate does what a device_map leaves no room for."""
+    attach_align_device_hook(module, "cpu", offload=True, weights_map=dict(module.state_dict()))
+
+
+def test_experts_that_are_offloaded_are_refused_and_not_read_from_nowhere(specimens, ids):
+    model = peft_with(specimens)
+    offload(model.get_base_model().model.layers[1])
+    with pytest.raises(RoutingError, match=r"layers\.1\.self_attn\.q_proj: experts are offloaded"):
+        attach_router(model, DynamicHybridRouter(48, 2))
+
+
+@pytest.mark.parametrize("grad", [False, True])
+def test_experts_that_are_offloaded_later_are_refused(specimens, ids, grad):
+    model = attach_router(peft_with(specimens), DynamicHybridRouter(48, 2)).eval()
+    with torch.set_grad_enabled(grad):
+        model(ids)
+        offload(model.causal_lm.model.layers[1])
+        with pytest.raises(RoutingError, match="experts are offloaded"):
+            model(ids)

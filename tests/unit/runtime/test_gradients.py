@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+from dataclasses import replace
 
 import pytest
 import torch
@@ -159,3 +160,11 @@ def test_the_graph_keeps_the_hidden_states_and_the_factors_alone(dtype, x_dtype)
 
     hidden, layout = 50 * sum(EQUAL) * 4, sum(EQUAL) * (8 + 4)  # the layout: a column and a scaling for each stacked row
     assert kept(add_lean) <= 2 * hidden + layout < kept(add_dense)
+
+
+def test_shapes_are_worked_out_on_the_device_meta():
+    parts = [part.to("meta") for part in make()[:3]]
+    sums = make()[3]
+    sums = replace(sums, shrinks=[a.to("meta") for a in sums.shrinks], expands=[b.to("meta") for b in sums.expands])
+    got = summed(add_lean, *parts, sums)
+    assert (got.device.type, got.shape) == ("meta", (2, 6, D_OUT))

@@ -6,6 +6,7 @@ import copy
 
 import pytest
 import torch
+from torch.nn.modules.module import register_module_forward_hook
 
 from dylo_moe import attach_router, detach_router, load_checkpoint
 from dylo_moe.errors import RoutingError
@@ -178,3 +179,18 @@ def test_a_module_that_transformers_did_not_write_has_no_siblings(model):
     parent.__class__ = type("Attention", (type(parent),), {"__module__": "somebody"})
     attach_router(peft_model, model.router)
     assert not parent.q_proj.siblings
+
+
+def test_a_hook_on_every_module_that_writes_into_what_siblings_read_is_seen(model, ids):
+    def doubles(module, args, output):
+        if module is layer(model, "q_proj"):
+            args[0].mul_(2)
+
+    before = logits(model, ids)
+    handle = register_module_forward_hook(doubles)
+    try:
+        got, wanted = logits(model, ids), logits(model, ids, grad=True)
+    finally:
+        handle.remove()
+    assert (got - before).abs().max() > 1e-3
+    torch.testing.assert_close(got, wanted, **CLOSE)
