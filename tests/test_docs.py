@@ -1,24 +1,33 @@
-"""Every command in the pages of docs/ runs, in the order of its page, on a tiny checkpoint whose scores are known.
+"""Every block in README and in the pages of docs/ runs, in the order of its page, on tiny checkpoints.
 
 `validate_moe_modifications` without --only would run every law for each of its lines: here it gets one law (the whole command is
-what README and `tests/meta/test_cli.py` are about); everything else runs as it stands in the page.
+what `tests/meta/test_cli.py` is about). The checkpoint has learnt nothing of MBPP+ and would write to the limit, which is
+lowered. Everything else runs as it stands in the page. Two pages have tests of their own: findings.md (test_findings.py) and
+subjects.md (meta/test_subject_page.py). The lines of README that install are those with which tox runs these tests.
 """
 
 from __future__ import annotations
 
+import json
 import re
 import shlex
 from pathlib import Path
 
 import pytest
 import torch
+from peft import PeftModel
+from transformers import AutoModelForCausalLM
 
 import dylo_moe.cli
 import harness.cli
+from harness.specimens import write_checkpoint
 from harness.specimens.competence import Planted, plant
+from harness.specimens.tasks import TASKS, write_task_set
 
 DOCS = Path(__file__).resolve().parents[1] / "docs"
 PAGES = ("quickstart", "strategies", "report", "debugging", "migrating")
+ELSEWHERE = ("findings", "subjects")
+README = DOCS.parent / "README.md"
 
 
 def commands(page: Path) -> list[list[str]]:
@@ -43,9 +52,12 @@ def place(planted: Planted, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> 
     return tmp_path
 
 
-def run(words: list[str], planted: Planted) -> int:
-    """The exit code of one line; DIR is the planted checkpoint."""
-    program, *options = [{"DIR": str(planted.checkpoint), "OUT": "out"}.get(word, word) for word in words]
+def run(words: list[str], planted: Planted, **more: object) -> int:
+    """The exit code of one line; DIR is the planted checkpoint. more: what else a word stands for."""
+    meant = {"DIR": planted.checkpoint, "OUT": "out", **more}
+    program, *options = [str(meant.get(word, word)) for word in words]
+    if "mbpp" in options:
+        options += ["--max-new-tokens", "16"]
     if program == "dylo-moe":
         try:
             return dylo_moe.cli.main(options)
@@ -67,6 +79,42 @@ def test_every_command_of_the_page_succeeds(name: str, planted: Planted, place: 
         assert run(words, planted) == 0, shlex.join(words)
 
 
+def test_pages_with_blocks_are_all_run() -> None:
+    assert {page.stem for page in DOCS.glob("*.md") if "```" in page.read_text(encoding="utf-8")} == {*PAGES, *ELSEWHERE}
+
+
+@pytest.fixture
+def four(planted: Planted, tmp_path: Path) -> Path:
+    """A checkpoint that every target of `convert` can hold."""
+    return write_checkpoint(tmp_path / "four", planted.base, num_experts=4)
+
+
+def test_every_command_of_the_readme_succeeds(planted: Planted, four: Path, place: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("MBPP_OVERRIDE_PATH", str(write_task_set(place / "mbpp", "mbpp", TASKS[:1])))
+    (place / "categories.json").write_text(json.dumps(dict.fromkeys(planted.records, "all")), encoding="utf-8")
+    found = [words for words in commands(README) if words[0] != "python3"]
+    assert len(commands(README)) == len(found) + 2
+    subject = {"your_package.module:factory": "harness.subjects.naive_loop:make"}
+    for number, words in enumerate(found):
+        meant = {"IN": four, "OUT": f"out{number}", "PATH": planted.base, **subject}
+        assert run(words, planted, **meant) == 0, shlex.join(words)
+
+
+def test_every_python_block_of_the_readme_runs(planted: Planted, four: Path, place: Path) -> None:
+    ids = torch.arange(5, 11)[None]
+    stock = PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(planted.base), four / "experts/expert_0", "expert_0")
+    for number in range(1, 4):
+        stock.load_adapter(four / f"experts/expert_{number}", f"expert_{number}")
+    names = {
+        "input_ids": ids,
+        "attention_mask": torch.ones_like(ids),
+        "peft_model": stock,
+        "hidden_size": stock.config.hidden_size,
+    }
+    for block in re.findall(r"```python\n(.*?)```", README.read_text(encoding="utf-8"), flags=re.DOTALL):
+        exec(block.replace("path/to/checkpoint", str(four)), names)
+
+
 def test_a_wrong_command_is_found(planted: Planted, place: Path) -> None:
     (place / "page.md").write_text("```bash\n# a comment\ndylo-moe inspect DIR --jsn\n```\n", encoding="utf-8")
     (words,) = commands(place / "page.md")
@@ -74,7 +122,7 @@ def test_a_wrong_command_is_found(planted: Planted, place: Path) -> None:
 
 
 def test_every_page_is_named_in_the_readme_and_every_link_leads_somewhere() -> None:
-    readme = (DOCS.parent / "README.md").read_text(encoding="utf-8")
+    readme = README.read_text(encoding="utf-8")
     for page in DOCS.glob("*.md"):
         assert page.name in readme, page.name
         prose = re.sub(r"```.*?```", "", page.read_text(encoding="utf-8"), flags=re.DOTALL)
