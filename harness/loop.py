@@ -83,7 +83,10 @@ class LoopLinear(nn.Module):
 
 
 class LoopFeedForward(nn.Module):
-    """y = sum_e w_e FFN_e(x): the whole network once for each expert, with that expert's adapters alone in its Linears."""
+    """y = sum_e w_e FFN_e(x): the whole network once for each expert, with that expert's adapters alone in its Linears.
+
+    A router with the rule "switch" hands the input of some tokens on instead; see harness/oracles/feed_forward.py.
+    """
 
     def __init__(self, network: nn.Module, num_experts: int) -> None:
         super().__init__()
@@ -91,11 +94,29 @@ class LoopFeedForward(nn.Module):
         self.is_off = False
         self.weights: Tensor | None = None
         self.gates: tuple[nn.Module, ...] = ()
+        self.mask: Tensor | None = None  # of the pass under way, (B, S)
 
     def forward(self, x: Tensor) -> Tensor:
         if self.gates:
             self.weights = self.gates[0](x)
-        return self.network(x) if self.is_off else self.mix(x, self.weights)
+        if self.is_off:
+            return self.network(x)
+        rule = getattr(self.gates[0], "rule", None) if self.gates else None
+        if rule is None or rule.name != "switch":
+            return self.mix(x, self.weights)
+        return x if rule.mixlora_switch == "inference" else self.up_to(rule.expert_capacity, x, self.weights)
+
+    def up_to(self, capacity: int, x: Tensor, weights: Tensor) -> Tensor:
+        """w_e FFN_e(x) for the first tokens of a row that chose e, as many as the capacity; w_e x for the others."""
+        share, choice = weights.max(dim=-1, keepdim=True)
+        runs = torch.zeros_like(choice, dtype=torch.bool)
+        for row in range(len(x)):
+            used = [0] * self.num_experts
+            for token in range(x.shape[1]):
+                if self.mask is None or self.mask[row, token]:
+                    used[int(choice[row, token])] += 1
+                    runs[row, token] = used[int(choice[row, token])] <= capacity
+        return torch.where(runs, self.mix(x, weights), share.to(x.dtype) * x)
 
     def mix(self, x: Tensor, weights: Tensor) -> Tensor:
         return sum(weights[..., e, None].to(x.dtype) * self.alone(e, x) for e in range(self.num_experts))
@@ -210,7 +231,7 @@ class LoopModel(nn.Module):
         chosen_by_router = weights is None
         if chosen_by_router and self.features != "layer":
             weights = self.router(self.router_features(input_ids, attention_mask))
-        with self._routing(weights):
+        with self._routing(weights, attention_mask):
             logits = self.base(**_inputs(input_ids, attention_mask)).logits
             used = weights if weights is not None else self._layer_weights()
         self.last_routing_weights = used.detach()
@@ -286,12 +307,14 @@ class LoopModel(nn.Module):
                 module.is_off = False
 
     @contextmanager
-    def _routing(self, weights: Tensor | None) -> Iterator[None]:
-        """weights (B, S, E) or (B, S, L, E); None where the router looks at each unit's own input."""
+    def _routing(self, weights: Tensor | None, mask: Tensor | None = None) -> Iterator[None]:
+        """weights (B, S, E) or (B, S, L, E); None where the router looks at each unit's own input. mask: (B, S), 0 at padding."""
         routers = routers_of(self.router) if weights is None else []
         units = list(self.units().values())
         for versions in self._versions.values():
             versions.weights = weights
+        for network in self._networks.values():
+            network.mask = mask
         for index, unit in enumerate(units):
             unit.gates = (routers[index if len(routers) > 1 else 0],) if routers else ()
             unit.weights = weights[:, :, index] if weights is not None and weights.dim() == 4 else weights

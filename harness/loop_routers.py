@@ -125,6 +125,8 @@ class LoopUnitGate(LoopRouter):
         if rule.name == "softmax_topk":
             values, experts = dense.topk(top_k, dim=-1)
             return torch.zeros_like(dense).scatter(-1, experts, values / values.sum(dim=-1, keepdim=True))
+        if rule.name == "switch":
+            return dense * nn.functional.one_hot(dense.argmax(dim=-1), dense.shape[-1])
         if rule.name == "top_p":
             ordered, experts = (dense / rule.temperature).sort(dim=-1, descending=True)
             before = ordered.cumsum(dim=-1) - ordered
@@ -143,6 +145,7 @@ class OracleRouter(LoopRouter):
     def __init__(self, definition: Decider) -> None:
         super().__init__()
         self.definition = definition
+        self.rule = getattr(definition, "rule", None)
 
     def scores(self, x: Tensor) -> Tensor:
         return torch.from_numpy(self.definition.scores(x.detach().numpy()))

@@ -205,7 +205,22 @@ class UnitGates:
     @property
     def sums_to_one(self) -> bool:
         """Also for AdaMoLE, which gives all zeros where no expert exceeds the threshold."""
-        return all(gate.rule.name != "top_p" for gate in self.gates.values())
+        return all(gate.rule.name not in ("top_p", "switch") for gate in self.gates.values())
+
+    @property
+    def hands_on(self) -> bool:
+        """Whether some networks give their input, so that the weights alone do not say what the router does."""
+        return any(gate.rule.name == "switch" for gate in self.gates.values())
+
+    @property
+    def has_no_experts(self) -> bool:
+        """Whether all networks give their input, always."""
+        return all(gate.rule.mixlora_switch == "inference" for gate in self.gates.values())
+
+    @property
+    def counts_tokens(self) -> bool:
+        """Whether a token's place in its row counts, which no KV cache holds."""
+        return any(gate.rule.mixlora_switch == "training" for gate in self.gates.values())
 
     @property
     def is_even(self) -> bool:

@@ -151,6 +151,8 @@ def _gates(router: UnitGates, artifact: Artifact) -> tuple[dict[str, object], Te
         "rule": first.name,
         "temperature": first.temperature,
         "threshold": first.threshold,
+        "mixlora_switch": first.mixlora_switch,
+        "expert_capacity": first.expert_capacity,
         "gates": [_gate_entry(unit, gate) for unit, gate in router.gates.items()],
     }
     return section, tensors

@@ -297,6 +297,15 @@ class Workings:
         if self.sees_whole_batch:
             raise NotApplicable("the checkpoint's own router takes one softmax over all tokens of all rows: none stands alone")
 
+    def need_cache(self) -> None:
+        self.need_tokens_alone()
+        if getattr(self.reference.router, "counts_tokens", False):
+            raise NotApplicable("the checkpoint's own router counts the tokens of a row: no KV cache holds how many there were")
+
+    def need_experts_in_charge(self) -> None:
+        if getattr(self.reference.router, "has_no_experts", False):
+            raise NotApplicable("the checkpoint's own router hands every MLP's input on: no expert and no gate has an effect")
+
     def need_method(self, owner: object, name: str) -> Callable:
         """The attribute `name`, or NotApplicable: a subject need not offer everything."""
         found = getattr(owner, name, None)

@@ -162,7 +162,7 @@ def check_cached_decode_equals_recompute(bench: Bench) -> None:
     """
     w = workings(bench)
     w.need_experts()
-    w.need_tokens_alone()
+    w.need_cache()
     w.need_option(w.model.forward, "past_key_values")
     pieces, cache = [], None
     length = w.ids.shape[1]

@@ -176,7 +176,8 @@ class Case:
         weights = sum(p.numel() for name, p in self.base.named_parameters() if name.startswith(paths) and p.dim() == 2)
         per_token = self.bench.num_experts
         if self.bench.router is not None and paths:
-            per_token = max(gate.rule.top_k or per_token for gate in self.bench.router.gates.values())
+            rules = [gate.rule for gate in self.bench.router.gates.values()]
+            per_token = max(1 if rule.name == "switch" else rule.top_k or per_token for rule in rules)
         return 2 * tokens * weights * (per_token - 1) if paths else 0
 
 
@@ -210,6 +211,8 @@ def _smallest_gflop(bench: Bench) -> float:
 def _cached_case(bench: Bench) -> Case:
     if getattr(bench.router, "sees_whole_batch", False):
         raise NotApplicable("the checkpoint's own router takes one softmax over all tokens of a pass: nothing can be cached")
+    if getattr(bench.router, "counts_tokens", False):
+        raise NotApplicable("the checkpoint's own router counts the tokens of a row: no KV cache holds how many there were")
     case = _case(bench)
     if "past_key_values" not in inspect.signature(type(bench.model).forward).parameters:
         raise NotApplicable(f"{type(bench.model).__name__}.forward takes no past_key_values: it promises no cache")

@@ -6,6 +6,7 @@ rule                 weights                                               publi
 softmax              p = softmax(logits)                                   LoRAMoE 2312.09979, HydraLoRA 2404.19245
 softmax_topk         p on its top_k, divided by their sum                  MixLoRA 2404.15159, MoLA 2402.08562, MoLE
 topk_softmax         softmax over the top_k logits                         mergoo
+switch               p on the likeliest, not divided                       MixLoRA's "switch" routing in MoE-PEFT
 arrow                softmax over the top_k of |logits| / temperature      Arrow 2405.11157
 top_p                q = p / temperature on the likeliest experts, until   MixLoRA's "dynamic" routing in MoE-PEFT
                      their sum exceeds threshold
@@ -24,18 +25,23 @@ import numpy as np
 
 from harness.oracles.router import router_logits, softmax
 
-RULES = ("softmax", "softmax_topk", "topk_softmax", "arrow", "top_p", "threshold", "adaptive_threshold")
+RULES = ("softmax", "softmax_topk", "topk_softmax", "switch", "arrow", "top_p", "threshold", "adaptive_threshold")
 _BY_RANK = ("softmax_topk", "topk_softmax", "arrow")
 
 
 @dataclass(frozen=True)
 class Rule:
-    """How the gate of one unit chooses; what the rule does not need stays at its default."""
+    """How the gate of one unit chooses; what the rule does not need stays at its default.
+
+    mixlora_switch, expert_capacity: of "switch", what its network does with the choice; see harness/oracles/feed_forward.py.
+    """
 
     name: str
     top_k: int | None = None
     temperature: float = 1.0
     threshold: float | None = None
+    mixlora_switch: str | None = None
+    expert_capacity: int | None = None
 
 
 def scores(x: np.ndarray, weight: np.ndarray, bias: np.ndarray | None) -> np.ndarray:
@@ -59,6 +65,8 @@ def weights(rule: Rule, logits: np.ndarray, threshold_logit: np.ndarray | None =
     if rule.name == "arrow":
         return softmax(np.where(_top(np.abs(logits), rule.top_k), np.abs(logits) / rule.temperature, -np.inf))
     probabilities = softmax(logits)
+    if rule.name == "switch":
+        return np.where(_top(logits, 1), probabilities, 0.0)
     if rule.name == "top_p":
         quotients = probabilities / rule.temperature
         return np.where(_sum_of_likelier(quotients) <= rule.threshold, quotients, 0.0)
@@ -76,6 +84,8 @@ def margin(rule: Rule, logits: np.ndarray, threshold_logit: np.ndarray | None = 
     logits = np.asarray(logits, np.float64)
     if rule.name in _BY_RANK:
         return _edge(np.abs(logits) if rule.name == "arrow" else logits, rule.top_k)
+    if rule.name == "switch":
+        return _edge(logits, 1)
     probabilities = softmax(logits)
     if rule.name == "top_p":
         quotients = probabilities / rule.temperature

@@ -71,7 +71,7 @@ def _classifier(state: Any) -> Classifier:
 def _gates(state: Any) -> UnitGates:
     found = {}
     for path, gate in state.gates.items():
-        rule = Rule(state.rule, gate.top_k, state.temperature, state.threshold)
+        rule = Rule(state.rule, gate.top_k, state.temperature, state.threshold, state.mixlora_switch, state.expert_capacity)
         threshold = None
         if gate.threshold_weight is not None:
             threshold = (array(gate.threshold_weight), _optional(gate.threshold_bias))

@@ -66,7 +66,14 @@ def _gates(section: Mapping[str, Any], tensors: Mapping[str, Tensor], count: int
     gates = {}
     for recorded in section["gates"]:
         start = f"gates.{recorded['unit']}"
-        rule = Rule(section["rule"], recorded["top_k"], section["temperature"], section["threshold"])
+        rule = Rule(
+            section["rule"],
+            recorded["top_k"],
+            section["temperature"],
+            section["threshold"],
+            section.get("mixlora_switch"),
+            section.get("expert_capacity"),
+        )
         threshold = _optional(tensors, f"{start}.threshold_weight")
         gates[recorded["unit"]] = UnitGate(
             array(tensors[f"{start}.weight"]),

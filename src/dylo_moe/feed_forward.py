@@ -1,5 +1,6 @@
 """FFN mixing (MixLoRA, arXiv 2404.15159): y = sum_e w_e FFN_e(x), where FFN_e is the base's MLP with LoRA expert e inside.
 
+MoE-PEFT's mixlora-switch hands the input of some tokens on instead; see GatesState.mixlora_switch.
 Not a sum of deltas per Linear: the MLP is not linear. Shapes: B batch, S sequence, E experts, T = B * S tokens.
 """
 
@@ -54,7 +55,18 @@ class RoutedFeedForward(nn.Module):
             return self.mix(x, weights, skip_unused=not weights.requires_grad)
         gate = route[self.index] if isinstance(route, nn.ModuleList) else route
         weights = self.mixture.layer_weights[self.index] = gate(x)
+        switch = getattr(gate, "mixlora_switch", None)
+        if switch == "inference":
+            return x
+        if switch == "training":
+            return self._mix_or_hand_on(x, weights, gate.within_capacity(weights, self.mixture.tokens).to(x.device))
         return self.mix(x, weights)
+
+    def _mix_or_hand_on(self, x: Tensor, weights: Tensor, runs: Tensor) -> Tensor:
+        """mixlora-switch as in training. x: (B, S, hidden); runs: (B, S, 1), whose expert runs; other inputs are handed on."""
+        weights = weights.to(x.device)
+        handed_on = (weights.sum(dim=-1, keepdim=True) * x).masked_fill(runs, 0.0)
+        return (self.mix(x, weights * runs) + handed_on).to(x.dtype)
 
     def mix(self, x: Tensor, weights: Tensor, *, skip_unused: bool = True) -> Tensor:
         """x: (B, S, hidden); weights: (B|1, S|1, E), which need not sum to 1 -> (B, S, hidden).

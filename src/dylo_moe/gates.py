@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from dylo_moe.errors import RoutingError
-from dylo_moe.formats import GATE_RULES, GatesState, GateState
+from dylo_moe.formats import GATE_RULES, MIXLORA_SWITCH, GatesState, GateState
 from dylo_moe.router import stored, wide_linear
 
 
@@ -36,6 +36,8 @@ class LayerGate(nn.Module):
         self.temperature = gates.temperature
         self.threshold = gates.threshold
         self.activation = gates.activation
+        self.mixlora_switch = gates.mixlora_switch
+        self.expert_capacity = gates.expert_capacity
         self.gate = wide_linear(state.weight, state.bias)
         self.threshold_gate = None
         if state.threshold_weight is not None:
@@ -46,6 +48,21 @@ class LayerGate(nn.Module):
         x = x.to(self.gate.weight.dtype)
         weights = _RULES[self.rule](self, self.gate(x), x)
         return nn.functional.pad(weights, (0, self.num_experts - weights.shape[-1]))
+
+    @property
+    def needs_whole_pass(self) -> bool:
+        """Whether a token's place among those of its row counts."""
+        return self.mixlora_switch == "training"
+
+    def within_capacity(self, weights: Tensor, tokens: Tensor | None) -> Tensor:
+        """Whose expert runs: the first expert_capacity tokens of a row that chose it, (B, S, 1).
+
+        weights: (B, S, E), one of them not 0; tokens: (B, S), 0 where there is padding, which is not counted; None for none.
+        """
+        chosen = weights != 0
+        if tokens is not None:
+            chosen = chosen & (tokens != 0).to(chosen.device)[..., None]
+        return (chosen & (chosen.cumsum(dim=1) <= self.expert_capacity)).any(dim=-1, keepdim=True)
 
     def state(self) -> GateState:
         """The tensors as they are now, on the CPU."""
@@ -76,6 +93,11 @@ def _topk_softmax(gate: LayerGate, logits: Tensor, x: Tensor) -> Tensor:
     return _scattered(logits, top.indices, torch.softmax(top.values, dim=-1))
 
 
+def _switch(gate: LayerGate, logits: Tensor, x: Tensor) -> Tensor:
+    top = torch.softmax(logits, dim=-1).max(dim=-1, keepdim=True)
+    return _scattered(logits, top.indices, top.values)
+
+
 def _arrow(gate: LayerGate, logits: Tensor, x: Tensor) -> Tensor:
     top = torch.topk(logits.abs(), gate.top_k, dim=-1)
     return _scattered(logits, top.indices, torch.softmax(top.values / gate.temperature, dim=-1))
@@ -102,6 +124,7 @@ _RULES: dict[str, Callable[[LayerGate, Tensor, Tensor], Tensor]] = {
     "softmax": _softmax,
     "softmax_topk": _softmax_topk,
     "topk_softmax": _topk_softmax,
+    "switch": _switch,
     "arrow": _arrow,
     "top_p": _top_p,
     "threshold": _threshold,
@@ -128,6 +151,8 @@ def _check(state: GateState, gates: GatesState, here: int) -> None:
         raise RoutingError(f"top_k={state.top_k} of a gate, but should be from 1 to {here}, its number of experts")
     if gates.rule in _WITH_THRESHOLD and gates.threshold is None:
         raise RoutingError(f"gate rule {gates.rule} without a threshold")
+    if gates.rule == "switch" and (gates.mixlora_switch not in MIXLORA_SWITCH or gates.expert_capacity is None):
+        raise RoutingError("gate rule switch without mixlora_switch, one of training, inference, or without expert_capacity")
     if gates.rule == "adaptive_threshold" and state.threshold_weight is None:
         raise RoutingError("gate rule adaptive_threshold without a threshold gate")
     if gates.rule in ("arrow", "top_p") and not gates.temperature > 0:

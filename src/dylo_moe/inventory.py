@@ -138,7 +138,7 @@ def _gate_tensors(state: GatesState) -> dict[str, Any]:
 
 
 def _gate_settings(state: GatesState) -> dict[str, Any]:
-    names = ("rule", "level", "temperature", "threshold", "activation")
+    names = ("rule", "level", "temperature", "threshold", "activation", "mixlora_switch", "expert_capacity")
     top_ks = _once(gate.top_k for gate in state.gates.values())
     settings = {name: getattr(state, name) for name in names}
     return {"kind": "gates", "top_k": top_ks[0] if len(top_ks) == 1 else top_ks, **settings, "units": len(state.gates)}
@@ -191,7 +191,9 @@ def _router_lines(router: Mapping[str, Any] | None) -> list[str]:
     first += "" if router["top_k"] is None else f", top_k {router['top_k']}"
     lines = [first, f"{router['parameters']:,} parameters: {widths}"]
     if router["kind"] == "gates":
-        lines.insert(1, f"{router['units']} gates on {router['level']}: {router['rule']}, {GATE_RULES[router['rule']]}")
+        line = f"{router['units']} gates on {router['level']}: {router['rule']}, {GATE_RULES[router['rule']]}"
+        switch = f", as in {router['mixlora_switch']}, expert_capacity {router['expert_capacity']}"
+        lines.insert(1, line + (switch if router["mixlora_switch"] else ""))
     return lines
 
 

@@ -38,6 +38,7 @@ def load_checkpoint(  # noqa: PLR0913 - from_pretrained's own habit: one option 
     rng_seed: int | None = None,
     genknowsub: str | None = None,
     softmax_topk: str | None = None,
+    mixlora_switch: str | None = None,
     adapters: Adapters = None,
     expect_hash: str | None = None,
     attn_implementation: str | None = None,
@@ -53,8 +54,8 @@ def load_checkpoint(  # noqa: PLR0913 - from_pretrained's own habit: one option 
         dtype: of the base model, "auto" or None for the one it is stored in; experts and router keep theirs, except that
             16-bit ones become float32, as in PEFT.
         device_map: as in transformers' from_pretrained.
-        lora_alpha, top_k, temperature, router_features, rng_seed, genknowsub, softmax_topk, adapters: for layouts whose files do
-            not hold them, and to override; see read_checkpoint.
+        lora_alpha, top_k, temperature, router_features, rng_seed, genknowsub, softmax_topk, mixlora_switch, adapters: for layouts
+            whose files do not hold them, and to override; see read_checkpoint.
         expect_hash: refuse files whose hash is another.
         quantization_config: as in from_pretrained, a BitsAndBytesConfig for example; a base that is stored quantised needs none.
 
@@ -74,6 +75,7 @@ def load_checkpoint(  # noqa: PLR0913 - from_pretrained's own habit: one option 
         rng_seed=rng_seed,
         genknowsub=genknowsub,
         softmax_topk=softmax_topk,
+        mixlora_switch=mixlora_switch,
         adapters=adapters,
         expect_hash=expect_hash,
     )

@@ -29,6 +29,7 @@ class _Now(ThreadState):
         self.layer_weights: dict[int, Tensor] = {}
         self.held: Held | None = None
         self._routes: list[Route] = []
+        self._tokens: list[Tensor | None] = []
         self._spreads: list[Spread | None] = []
 
 
@@ -50,6 +51,7 @@ class Mixture:
     layer_weights = PerThread()
     held = PerThread()  # while nobody can change a weight
     _routes = PerThread()
+    _tokens = PerThread()  # of the routes
     _spreads = PerThread()  # of the routes
 
     def __init__(self, expert_names: list[str], shared: str | None = None) -> None:
@@ -80,12 +82,19 @@ class Mixture:
     def active(self) -> bool:
         return bool(self._routes)
 
-    def enter(self, route: Route) -> None:
+    @property
+    def tokens(self) -> Tensor | None:
+        """(B, S), 0 where the pass has padding, for routers that count; None where it has none."""
+        return self._tokens[-1]
+
+    def enter(self, route: Route, tokens: Tensor | None = None) -> None:
         self._routes.append(route)
+        self._tokens.append(tokens)
         self._spreads.append(None)
 
     def leave(self) -> None:
         self._routes.pop()
+        self._tokens.pop()
         self._spreads.pop()
 
     @contextmanager
@@ -100,7 +109,7 @@ class Mixture:
             yield
         finally:
             self.asked = asked
-            del self._routes[depth:], self._spreads[depth:]
+            del self._routes[depth:], self._tokens[depth:], self._spreads[depth:]
 
     def spread(self, weights: Tensor, shape: tuple[int, int]) -> Spread:
         """The weights (B|1, S|1, E) over an input of (B, S); the route's own are worked out once.
@@ -130,8 +139,8 @@ class Mixture:
         return self.spread(route, shape) if route.shape[0] in (1, shape[0]) and route.shape[1] in (1, shape[1]) else None
 
     @contextmanager
-    def using(self, route: Route) -> Iterator[None]:
-        self.enter(route)
+    def using(self, route: Route, tokens: Tensor | None = None) -> Iterator[None]:
+        self.enter(route, tokens)
         try:
             yield
         finally:

@@ -320,10 +320,18 @@ def _check_counts(router: nn.Module | None, config: MoELoraConfig, names: list[s
 def _check_router_values(router: nn.Module | None, config: MoELoraConfig) -> None:
     if isinstance(router, nn.ModuleList) and config.router_features != "layer":
         raise RoutingError(f"router_features={config.router_features!r}, but a router per layer has the features 'layer'")
+    if isinstance(router, nn.ModuleList) and config.routing_level == "linear" and any(map(_is_switch, router)):
+        raise RoutingError(
+            "routing_level='linear', but gates of the rule switch need 'feed_forward': they hand an MLP's input on"
+        )
     for field, name in (("top_k_experts", "top_k"), ("router_temperature", "temperature")):
         found = getattr(router, name, None)
         if found is not None and found != getattr(config, field):
             raise RoutingError(f"config.{field}={getattr(config, field)}, but the router's {name} is {found}")
+
+
+def _is_switch(gate: nn.Module) -> bool:
+    return getattr(gate, "mixlora_switch", None) is not None
 
 
 def _check_no_biases(peft_model: PeftModel) -> None:

@@ -248,10 +248,10 @@ class RoutedCheckpoint:
         self.mixture = mixture
 
     def __call__(self, function: Callable, *args: object) -> object:
-        route = self.mixture.route
+        route, tokens = self.mixture.route, self.mixture.tokens
 
         def routed(*inputs: object) -> object:
-            with self.mixture.using(route):
+            with self.mixture.using(route, tokens):
                 return function(*inputs)
 
         return self.checkpoint(routed, *args)

@@ -85,8 +85,9 @@ class Routing:
 
     @property
     def needs_whole_pass(self) -> bool:
-        """Whether the router weighs a token by all tokens and rows of the pass, so that none can use what another kept."""
-        return getattr(self.router, "over_batch", False)
+        """Whether what a token gets depends on other tokens of the pass otherwise than through a cache: there is none then."""
+        gates = self.router if isinstance(self.router, nn.ModuleList) else (self.router,)
+        return any(getattr(gate, "needs_whole_pass", False) for gate in gates)
 
     def remove(self) -> None:
         """Takes the hooks and the checkpointing wrappers off again."""
@@ -166,11 +167,20 @@ class Routing:
         if not isinstance(route, nn.Module):  # per-layer weights are known when the pass is over
             self._note(self._as_weights(route, rows, length))
         guesses = self._guesses_here()
-        self.mixture.enter(route if guesses is None else guesses.widened(route, kwargs))
+        self.mixture.enter(route if guesses is None else guesses.widened(route, kwargs), self._counted(kwargs))
         return (), kwargs
 
     def _guesses_here(self) -> Guesses | None:
         return self._guessing if self._routed_by_router and not torch.compiler.is_compiling() else None
+
+    def _counted(self, kwargs: dict[str, Any]) -> Tensor | None:
+        """The pass's attention mask, where the router counts tokens and must leave padding out."""
+        mask = kwargs.get("attention_mask")
+        if mask is None or self.features != "layer" or not (self._routed_by_router and self.needs_whole_pass):
+            return None
+        if not isinstance(mask, Tensor) or mask.dim() != 2:
+            raise RoutingError("the router counts the tokens of a row: attention_mask should be (rows, tokens), 0 at padding")
+        return mask
 
     def _route(self, given: Forced, kwargs: dict[str, Any], rows: int, length: int) -> Route:
         if given is None:
@@ -179,6 +189,8 @@ class Routing:
 
     def _row_route(self, routes: RowRoutes, kwargs: dict[str, Any]) -> Route:
         if self.features == "layer" and self.router is not None:
+            if self.needs_whole_pass:
+                raise RoutingError("the router counts the tokens of a row: no rows of single experts beside it in one pass")
             return routes.gates(self.router)
         return routes.fill(self._router_route(routes.of_routed_rows(kwargs)))
 
@@ -241,12 +253,12 @@ class Routing:
     def _router_route(self, kwargs: dict[str, Any]) -> Route:
         if self.router is None:
             raise RoutingError("this model has no router: give routing_weights, expert_id or a strategy")
-        if self.features == "layer":
-            return self.router
         if self.needs_whole_pass:
             if kwargs.get("past_key_values") is not None:
-                raise RoutingError("the router weighs a token by all tokens of the pass: no past_key_values, but use_cache=False")
+                raise RoutingError("the router looks at other tokens of the pass: no past_key_values, but use_cache=False")
             kwargs["use_cache"] = False
+        if self.features == "layer":
+            return self.router
         return self.router(self._sight.of(kwargs, self._guesses_here()))
 
     def _bind_checkpointing(self) -> None:

@@ -74,7 +74,7 @@ def stored_router(router: nn.Module | None, units: Sequence[str], features: str,
 
 def _stored_gates(gates: list[LayerGate], units: Sequence[str], level: str) -> GatesState:
     first = gates[0]
-    for name in ("rule", "temperature", "threshold", "num_experts"):
+    for name in ("rule", "temperature", "threshold", "num_experts", "mixlora_switch", "expert_capacity"):
         if len({getattr(gate, name) for gate in gates}) != 1:
             raise RoutingError(f"gates that differ in their {name} cannot be saved")
     return GatesState(
@@ -85,4 +85,6 @@ def _stored_gates(gates: list[LayerGate], units: Sequence[str], level: str) -> G
         temperature=first.temperature,
         threshold=first.threshold,
         activation=first.activation,
+        mixlora_switch=first.mixlora_switch,
+        expert_capacity=first.expert_capacity,
     )

@@ -41,7 +41,7 @@ class XLoraRouter(nn.Module):
         self.enable_softmax = state.enable_softmax
         self.enable_softmax_topk = state.enable_softmax_topk
         self.softmax_topk = state.softmax_topk
-        self.over_batch = state.over_batch
+        self.needs_whole_pass = state.over_batch
         self.global_scaling_weight = state.global_scaling_weight
         self.dropout = state.dropout
         self.use_relu = state.use_relu
@@ -65,7 +65,7 @@ class XLoraRouter(nn.Module):
         if self.top_k is not None:
             kept = torch.topk(weights, self.top_k, dim=-1).indices
             weights = weights * torch.zeros_like(weights).scatter(-1, kept, 1.0)
-        if self.over_batch:
+        if self.needs_whole_pass:
             return self._over_batch(weights)
         if self.enable_softmax_topk:
             present = weights != 0

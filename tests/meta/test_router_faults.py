@@ -13,7 +13,7 @@ from fixtures.faults import Fault
 from fixtures.gated import draw
 from fixtures.laws import CHECKS, judge
 from fixtures.mola import write_mola
-from fixtures.router_faults import FAULTS, OVER_BATCH
+from fixtures.router_faults import FAULTS, HANDED_ON, OVER_BATCH
 from fixtures.router_specimens import ALL_KINDS, write
 from harness import outcome
 from harness.bench import Bench
@@ -57,6 +57,13 @@ def test_laws_of_a_token_alone_do_not_apply_to_a_softmax_over_the_batch(routed: 
         law: outcome.PASS for law in ("model.router_equals_oracle", "model.routed_logits_equal_reference", "model.dtype_move")
     }
     laws |= {f"model.{name}": outcome.NOT_APPLICABLE for name in ("causal", "rows_independent", "cached_decode_equals_recompute")}
+    assert {law: judge(bench, law)[0] for law in laws} == laws
+
+
+def test_laws_of_what_experts_do_do_not_apply_where_every_input_is_handed_on(routed: Callable[..., Path]) -> None:
+    bench = Bench(routed(**HANDED_ON), find_subject("dylo-moe"))
+    laws = dict.fromkeys(("model.routed_logits_equal_reference", "model.cached_decode_equals_recompute"), outcome.PASS)
+    laws |= dict.fromkeys((LAWS[-1], "training.gradient_checkpointing_equal", "equivalence.drift"), outcome.NOT_APPLICABLE)
     assert {law: judge(bench, law)[0] for law in laws} == laws
 
 

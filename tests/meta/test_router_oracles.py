@@ -19,6 +19,7 @@ LOGITS = np.log([[0.4, 0.3, 0.2, 0.1]])  # whose softmax they are
         (Rule("softmax"), [0.4, 0.3, 0.2, 0.1]),
         (Rule("softmax_topk", top_k=2), [4 / 7, 3 / 7, 0, 0]),
         (Rule("topk_softmax", top_k=3), [4 / 9, 3 / 9, 2 / 9, 0]),
+        (Rule("switch"), [0.4, 0, 0, 0]),
         (Rule("top_p", threshold=0.6), [0.4, 0.3, 0, 0]),
         (Rule("top_p", threshold=0.1), [0.4, 0, 0, 0]),
         (Rule("top_p", threshold=0.75, temperature=2.0), [0.2, 0.15, 0.1, 0.05]),
@@ -55,6 +56,7 @@ def test_unknown_rule_is_refused() -> None:
         (Rule("softmax"), math.inf),
         (Rule("softmax_topk", top_k=2), math.log(0.3 / 0.2)),
         (Rule("topk_softmax", top_k=4), math.inf),
+        (Rule("switch"), math.log(0.4 / 0.3)),
         (Rule("arrow", top_k=1), math.log(3 / 4 * 1 / 0.1) - math.log(0.75)),
         (Rule("top_p", threshold=0.45), 0.05),
         (Rule("threshold", threshold=0.22), 0.02),
@@ -66,7 +68,7 @@ def test_margin_by_hand(rule: Rule, want: float) -> None:
     assert gates.margin(rule, LOGITS)[0] == pytest.approx(want)
 
 
-@pytest.mark.parametrize("rule", [Rule("softmax"), Rule("softmax_topk", top_k=2), Rule("topk_softmax", top_k=2),
+@pytest.mark.parametrize("rule", [Rule("softmax"), Rule("softmax_topk", top_k=2), Rule("topk_softmax", top_k=2), Rule("switch"),
                                   Rule("arrow", top_k=2, temperature=0.3), Rule("top_p", temperature=1.25, threshold=0.5),
                                   Rule("threshold", threshold=0.1), Rule("adaptive_threshold", threshold=0.3)])  # fmt: skip
 def test_weights_move_no_more_than_the_sensitivity_says_where_there_is_a_margin(rule: Rule) -> None:
@@ -154,3 +156,16 @@ def test_mix_of_networks_is_linear_in_the_weights_and_no_mix_in_the_linears() ->
     np.testing.assert_allclose(feed_forward.mix(network, x, 2 * routing), 2 * mixed, rtol=1e-13)
     hidden = network.activation(mixture.mix(network.gate, x, routing)) * mixture.mix(network.up, x, routing)
     assert np.abs(mixture.mix(network.down, hidden, routing) - mixed).max() > 0.1
+
+
+def test_switch_runs_the_first_tokens_of_an_expert_and_hands_the_others_on_by_hand() -> None:
+    rng = np.random.default_rng(5)
+    network, x = a_network(rng), rng.standard_normal((5, 5))
+    chosen, shares = [1, 0, 1, 1, 0], np.array([0.5, 0.9, 0.6, 0.7, 0.8])
+    routing = np.eye(network.gate.num_experts)[chosen] * shares[:, None]
+    outputs = np.stack([feed_forward.alone(network, expert, x[token][None])[0] for token, expert in enumerate(chosen)])
+    runs = {1: [1, 1, 0, 0, 0], 2: [1, 1, 1, 0, 1], 3: [1, 1, 1, 1, 1]}
+    for capacity, these in runs.items():
+        want = shares[:, None] * np.where(np.array(these)[:, None], outputs, x)
+        np.testing.assert_allclose(feed_forward.switch(network, x, routing, "training", capacity), want, rtol=1e-13)
+        np.testing.assert_array_equal(feed_forward.switch(network, x, routing, "inference", capacity), x)

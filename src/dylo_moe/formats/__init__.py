@@ -27,6 +27,7 @@ from dylo_moe.formats.adapter import check_same_sizes
 from dylo_moe.formats.base import check_experts_fit_base, resolve_base
 from dylo_moe.formats.checkpoint import (
     GATE_RULES,
+    MIXLORA_SWITCH,
     ROUTER_FEATURES,
     Checkpoint,
     Expert,
@@ -44,11 +45,13 @@ from dylo_moe.formats.files import CheckpointFiles
 from dylo_moe.formats.merged import read_merged
 from dylo_moe.formats.native_write import write_native
 from dylo_moe.formats.options import Adapters, ReadOptions
+from dylo_moe.formats.switch import check_is_switch, check_stated
 
 __all__ = [
     "Adapters",
     "FORMATS",
     "GATE_RULES",
+    "MIXLORA_SWITCH",
     "ROUTER_FEATURES",
     "Checkpoint",
     "Expert",
@@ -88,6 +91,7 @@ def read_checkpoint(  # noqa: PLR0913 - as load_checkpoint: one option per thing
     rng_seed: int | None = None,
     genknowsub: str | None = None,
     softmax_topk: str | None = None,
+    mixlora_switch: str | None = None,
     adapters: Adapters = None,
     expect_hash: str | Mapping[str, str] | None = None,
 ) -> Checkpoint:
@@ -102,6 +106,7 @@ def read_checkpoint(  # noqa: PLR0913 - as load_checkpoint: one option per thing
         genknowsub: "subtract" or "subtracted": whether Arrow's experts still hold the general adapters, where it cannot be told.
         softmax_topk: "token" or "batch": what X-LoRA's enable_softmax_topk takes its softmax over; None for what the package that
             wrote the files does: the standalone one over the batch, PEFT over the token since its 0.18.
+        mixlora_switch: "training" or "inference": what an MLP of MoE-PEFT's mixlora-switch gives; see docs/formats.md.
         adapters: directories of X-LoRA's experts outside of the checkpoint, by name or one that holds them all. The paths that
             the checkpoint records are not opened unless they are named here.
         expect_hash: SHA-256 by relative file name, or the `combined_hash` of all files read.
@@ -113,8 +118,12 @@ def read_checkpoint(  # noqa: PLR0913 - as load_checkpoint: one option per thing
     _check_options(expect_hash, adapters)
     pinned = expect_hash if isinstance(expect_hash, Mapping) else None
     files = CheckpointFiles(_root(path), pinned)
-    options = ReadOptions(lora_alpha, top_k, temperature, router_features, rng_seed, genknowsub, softmax_topk, adapters)
+    options = ReadOptions(
+        lora_alpha, top_k, temperature, router_features, rng_seed, genknowsub, softmax_topk, mixlora_switch, adapters
+    )
+    check_stated(options, path)
     checkpoint = _read(files, detect(files, path), path, options)
+    check_is_switch(checkpoint.router, options, path)
     check_same_sizes(checkpoint.experts, path)
     files.check_all_expected_read()
     if isinstance(expect_hash, str) and combined_hash(files.hashes) != expect_hash.lower():

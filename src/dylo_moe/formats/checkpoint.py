@@ -11,6 +11,7 @@ from torch import Tensor
 
 ROUTER_FEATURES = ("base", "all_experts", "embedding", "layer")
 SOFTMAX_TOPK = ("token", "batch")
+MIXLORA_SWITCH = ("training", "inference")
 
 
 @dataclass(frozen=True)
@@ -135,6 +136,7 @@ GATE_RULES = {
     "softmax": "softmax over all experts",
     "softmax_topk": "softmax, the top_k kept and renormalised to sum 1",
     "topk_softmax": "softmax over the top_k logits",
+    "switch": "softmax, the likeliest expert kept, not renormalised",
     "arrow": "softmax over the top_k of |logits| / temperature",
     "top_p": "softmax / temperature, the likeliest experts until their sum exceeds threshold kept, not renormalised",
     "threshold": "softmax, experts at or above threshold kept and renormalised",
@@ -149,6 +151,9 @@ class GatesState:
     level: "linear", each unit is a Linear with LoRA pairs; "feed_forward", each unit is a whole MLP and whole MLPs are mixed.
     rule: one of GATE_RULES. threshold: of "top_p", "threshold" and "adaptive_threshold" (there the largest one).
     activation: transformers' name of the MLPs' activation, where a file records it; the base model's must be that one.
+    mixlora_switch: of "switch" alone, one of MIXLORA_SWITCH, what an MLP gives for a token x of weight p on expert e:
+        "training": p FFN_e(x) for the first expert_capacity tokens of a row that chose e, p x for those after them;
+        "inference": x, whatever e and p are.
     """
 
     gates: Mapping[str, GateState]
@@ -158,6 +163,8 @@ class GatesState:
     temperature: float = 1.0
     threshold: float | None = None
     activation: str | None = None
+    mixlora_switch: str | None = None
+    expert_capacity: int | None = None
 
     features = "layer"
 

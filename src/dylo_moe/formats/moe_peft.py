@@ -37,6 +37,7 @@ from dylo_moe.formats.files import CheckpointFiles
 from dylo_moe.formats.moe_peft_config import LEGACY_NAMES, LORAMOE, MIXLORA, MOLA, MoePeftConfig, read_moe_peft_config
 from dylo_moe.formats.options import ReadOptions
 from dylo_moe.formats.safetensors_file import TensorInfo, require_float
+from dylo_moe.formats.switch import warn_of_switch
 from dylo_moe.formats.tokenizer_files import tokenizer_directory
 
 FORMATS = {"mixlora": MIXLORA, "moe-peft-loramoe": LORAMOE, "moe-peft-mola": MOLA}
@@ -93,16 +94,16 @@ def _read(files: CheckpointFiles, options: ReadOptions, name: str) -> Checkpoint
         experts=tuple(
             build_expert(f"expert_{e}", parts.experts[e], tensors, config.experts, path) for e in sorted(parts.experts)
         ),
-        router=_gates(parts, tensors, config, path),
+        router=_gates(parts, tensors, config, files, path),
         shared=build_expert(SHARED, parts.shared, tensors, config.shared, path) if parts.shared else None,
         tokenizer=tokenizer_directory(files.root),
     )
 
 
-def _gates(parts: Parts, tensors: Mapping[str, Tensor], config: MoePeftConfig, file: Path) -> GatesState:
+def _gates(parts: Parts, tensors: Mapping[str, Tensor], config: MoePeftConfig, files: CheckpointFiles, file: Path) -> GatesState:
     check_finite({half.key: tensors[half.key] for half in parts.gates.values()}, file)
     mixing = config.mixing
-    return GatesState(
+    state = GatesState(
         gates={unit: GateState(tensors[half.key].to(torch.float32), top_k=mixing.top_k) for unit, half in parts.gates.items()},
         rule=mixing.rule,
         num_experts=config.num_experts,
@@ -110,7 +111,11 @@ def _gates(parts: Parts, tensors: Mapping[str, Tensor], config: MoePeftConfig, f
         temperature=mixing.temperature,
         threshold=mixing.threshold,
         activation=mixing.activation,
+        mixlora_switch=mixing.mixlora_switch,
+        expert_capacity=mixing.expert_capacity,
     )
+    warn_of_switch(state, files)
+    return state
 
 
 def _checked(header: Mapping[str, TensorInfo], config: MoePeftConfig, file: Path) -> Parts:

@@ -15,13 +15,15 @@ from dylo_moe.formats.adapter_config import AdapterConfig, optional_text, parse_
 from dylo_moe.formats.files import CheckpointFiles
 from dylo_moe.formats.options import ReadOptions
 from dylo_moe.formats.router_file import MAX_TEMPERATURE, MIN_TEMPERATURE
+from dylo_moe.formats.safetensors_file import require_integer
+from dylo_moe.formats.switch import MAX_CAPACITY, SWITCH, stated_switch
 
 MIXLORA, LORAMOE, MOLA = "MIXLORA", "LORAMOE", "MOLA"
 LEGACY_STRATEGY = "mixtral"
 LEGACY_NAMES = {"w1_proj": "gate_proj", "w2_proj": "down_proj", "w3_proj": "up_proj"}
 # The Linears of a feed-forward block in every architecture that MoE-PEFT knows; its other targets belong to the attention.
 FEED_FORWARD_NAMES = ("gate_proj", "up_proj", "down_proj", "gate_up_proj", "fc1", "fc2", "dense_h_to_4h", "dense_4h_to_h")
-DEFAULT_TOP_K, DEFAULT_TOP_P, DEFAULT_TEMPERATURE = 2, 0.8, 0.0
+DEFAULT_TOP_K, DEFAULT_TOP_P, DEFAULT_TEMPERATURE, DEFAULT_CAPACITY = 2, 0.8, 0.0, 32
 _TASKS = (None, "CAUSAL_LM", "QUESTION_ANS")
 
 
@@ -35,6 +37,8 @@ class Mixing:
     temperature: float = 1.0
     threshold: float | None = None
     activation: str | None = None
+    mixlora_switch: str | None = None
+    expert_capacity: int | None = None
 
 
 @dataclass(frozen=True)
@@ -84,10 +88,7 @@ def _strategy(data: Mapping[str, Any], kind: str, path: Path) -> str:
         expected = f"one of {_TASKS}: heads for other tasks are not supported"
         raise InvalidField(path, "task_type", found=repr(task)[:80], expected=expected)
     strategy = data.get("routing_strategy")
-    if strategy == "mixlora-switch" and kind == MIXLORA:
-        expected = "mixlora or mixlora-dynamic: MoE-PEFT trains switch experts, but in inference each MLP only hands its input on"
-        raise InvalidField(path, "routing_strategy", found=repr(strategy), expected=expected)
-    known = ("mixlora", "mixlora-dynamic", LEGACY_STRATEGY) if kind == MIXLORA else (kind.lower(),)
+    known = ("mixlora", "mixlora-dynamic", "mixlora-switch", LEGACY_STRATEGY) if kind == MIXLORA else (kind.lower(),)
     if strategy not in known:
         raise InvalidField(path, "routing_strategy", found=repr(strategy)[:80], expected=f"one of {', '.join(known)}")
     return strategy
@@ -108,6 +109,11 @@ def _mixing(
             1.0 if temperature == 0 else _number(temperature, path, "temperature", least=MIN_TEMPERATURE, most=MAX_TEMPERATURE)
         )
         return Mixing("top_p", "feed_forward", temperature=temperature, threshold=threshold, activation=activation)
+    if strategy == "mixlora-switch":
+        files.assumptions["mixlora_switch"] = switch = stated_switch(options, path)
+        capacity = _value(files, data, "expert_capacity", DEFAULT_CAPACITY)
+        capacity = require_integer(capacity, path, "expert_capacity", low=1, high=MAX_CAPACITY)
+        return Mixing(SWITCH, "feed_forward", activation=activation, mixlora_switch=switch, expert_capacity=capacity)
     top_k = _value(files, data, "top_k", DEFAULT_TOP_K, options.top_k)
     if type(top_k) is not int or not 1 <= top_k <= count:
         raise InvalidField(path, "top_k", found=repr(top_k)[:80], expected=f"an integer from 1 to {count}")
@@ -118,7 +124,7 @@ def _mixing(
 
 def _check_options(options: ReadOptions, strategy: str, path: Path) -> None:
     """What the caller sets must be something that this way of mixing has."""
-    has = {"loramoe": None, "mixlora-dynamic": "temperature"}.get(strategy, "top_k")
+    has = {"loramoe": None, "mixlora-dynamic": "temperature", "mixlora-switch": None}.get(strategy, "top_k")
     for name in ("top_k", "temperature"):
         given = getattr(options, name)
         if given is not None and name != has:

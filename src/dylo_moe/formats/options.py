@@ -22,6 +22,7 @@ class ReadOptions:
     rng_seed: of Arrow's prototypes, where its files record none.
     adapters: X-LoRA's experts, where they are not in the checkpoint.
     softmax_topk: "token" or "batch": what X-LoRA's enable_softmax_topk takes its softmax over.
+    mixlora_switch: "training" or "inference": which of the two things that MoE-PEFT computes is meant.
     genknowsub: "subtract" or "subtracted": whether Arrow's experts still hold the general adapters, where it cannot be told.
     """
 
@@ -32,6 +33,7 @@ class ReadOptions:
     rng_seed: int | None = None
     genknowsub: str | None = None
     softmax_topk: str | None = None
+    mixlora_switch: str | None = None
     adapters: Adapters = None
 
 

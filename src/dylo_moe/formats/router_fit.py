@@ -6,6 +6,7 @@ from pathlib import Path
 
 from dylo_moe.errors import ExpertCountMismatch, InvalidField, ShapeMismatch
 from dylo_moe.formats.checkpoint import Expert, GatesState, GateState, Router, XLoraState
+from dylo_moe.formats.switch import check_switch
 
 TOP_K_RULES = ("softmax_topk", "topk_softmax", "arrow")
 THRESHOLD_RULES = ("top_p", "threshold", "adaptive_threshold")
@@ -44,6 +45,7 @@ def _check_rule(router: GatesState, path: Path) -> None:
     if (router.threshold is not None) != (router.rule in THRESHOLD_RULES):
         expected = f"{'a threshold' if router.rule in THRESHOLD_RULES else 'null'} for rule {router.rule}"
         raise InvalidField(path, "router.threshold", found=router.threshold, expected=expected)
+    check_switch(router, path)
     for unit, gate in router.gates.items():
         _check_gate(router.rule, gate, path, unit)
 

@@ -3,6 +3,7 @@
 In moe_config.json, beside "dynamic_hybrid" (see native.py):
     {"type": "xlora", "layers": [{"inputs", "outputs", "bias"}, ...], and the settings of XLoraState by their names}
     {"type": "gates", "level", "rule", "temperature", "threshold", "activation",
+     "mixlora_switch", "expert_capacity",
      "gates": [{"unit", "experts", "inputs", "top_k", "bias", "threshold_gate": null | "weight" | "weight and bias"}, ...]}
 In router.safetensors:
     classifier.layers.<i>.weight (outputs, inputs), .bias (outputs,)
@@ -22,11 +23,12 @@ from torch import Tensor
 from dylo_moe.errors import ForeignTensor, GateMissing, InvalidField, ShapeMismatch
 from dylo_moe.formats.adapter import check_finite
 from dylo_moe.formats.adapter_config import optional_text
-from dylo_moe.formats.checkpoint import GATE_RULES, SOFTMAX_TOPK, GatesState, GateState, XLoraState
+from dylo_moe.formats.checkpoint import GATE_RULES, MIXLORA_SWITCH, SOFTMAX_TOPK, GatesState, GateState, XLoraState
 from dylo_moe.formats.files import CheckpointFiles
 from dylo_moe.formats.options import ReadOptions
 from dylo_moe.formats.router_file import MAX_TEMPERATURE, MIN_TEMPERATURE
 from dylo_moe.formats.safetensors_file import MAX_TENSORS, TensorInfo, require_float, require_integer
+from dylo_moe.formats.switch import MAX_CAPACITY, SWITCH, warn_of_switch
 from dylo_moe.formats.xlora_classifier import check_softmax_topk, warn_of_batch
 
 XLORA, GATES = "xlora", "gates"
@@ -45,7 +47,8 @@ def xlora_section(state: XLoraState) -> dict[str, Any]:
 
 
 def gates_section(state: GatesState) -> dict[str, Any]:
-    settings = {name: getattr(state, name) for name in ("level", "rule", "temperature", "threshold", "activation")}
+    names = ("level", "rule", "temperature", "threshold", "activation", "mixlora_switch", "expert_capacity")
+    settings = {name: getattr(state, name) for name in names}
     gates = [
         {
             "unit": unit,
@@ -156,7 +159,18 @@ def read_gates(section: Mapping[str, Any], files: CheckpointFiles, paths: tuple[
         _number(section, "temperature", path, MIN_TEMPERATURE, MAX_TEMPERATURE),
     )
     activation = optional_text(section.get("activation"), path, "router.activation")
-    return GatesState(gates, rule, count, level, temperature, threshold, activation)
+    state = GatesState(gates, rule, count, level, temperature, threshold, activation, *_switch(section, path))
+    warn_of_switch(state, files)
+    return state
+
+
+def _switch(section: Mapping[str, Any], path: Path) -> tuple[str | None, int | None]:
+    """mixlora_switch and expert_capacity."""
+    switch = _one_of({"mixlora_switch": None, **section}, "mixlora_switch", path, (None, *MIXLORA_SWITCH))
+    capacity = section.get("expert_capacity")
+    if capacity is not None:
+        capacity = require_integer(capacity, path, "router.expert_capacity", low=1, high=MAX_CAPACITY)
+    return switch, capacity
 
 
 def _gate_shapes(gate: Mapping[str, Any], path: Path, field: str, here: int) -> Shapes:
@@ -201,6 +215,8 @@ def overridden(section: Mapping[str, Any], options: ReadOptions, path: Path) -> 
     check_softmax_topk(options, path)
     if options.softmax_topk is not None and section.get("type") == XLORA:
         changed["softmax_topk"] = options.softmax_topk
+    if options.mixlora_switch is not None and section.get("rule") == SWITCH:
+        changed["mixlora_switch"] = options.mixlora_switch
     if options.router_features not in (None, section.get("features")):
         found = repr(options.router_features)[:80]
         raise InvalidField(path, "features", found=found, expected=f"{section.get('features')!r}, for this router")

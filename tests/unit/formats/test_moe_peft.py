@@ -10,12 +10,14 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from dylo_moe import errors, load_checkpoint
+from dylo_moe.cli import main
 from dylo_moe.formats import detect_model_format, read_checkpoint
 from dylo_moe.formats.checkpoint import Checkpoint, GateState
 from fixtures.moe_peft import FORMATS, Recipe, adapter_tensors, write_moe_peft
 from harness.specimens import write_base
 
 STRATEGIES = ("mixlora", "mixlora-dynamic", "loramoe", "mola")
+SWITCH = Recipe("mixlora-switch", expert_capacity=5)
 MLP = "layers.0.mlp"
 EXPERT = f"{MLP}.up_proj.experts.1.lora_A.weight"
 
@@ -137,6 +139,52 @@ def test_options_that_do_not_fit_are_refused(write, strategy, options, word):
         read_checkpoint(directory, **options)
 
 
+@pytest.mark.parametrize("reading", ["training", "inference"])
+def test_a_switch_is_read_as_the_caller_says_and_that_is_recorded(write, reading):
+    checkpoint = read_checkpoint(write(SWITCH), mixlora_switch=reading)
+    state = checkpoint.router
+    assert (state.rule, state.level, state.mixlora_switch, state.expert_capacity) == ("switch", "feed_forward", reading, 5)
+    assert state.activation == "silu" and first_gate(checkpoint).top_k is None and checkpoint.shared is not None
+    assert checkpoint.assumptions == {"mixlora_switch": reading}
+    assert [line.startswith("mixlora-switch as in") for line in checkpoint.warnings] == [True]
+    without = read_checkpoint(write(SWITCH, expert_capacity=None), mixlora_switch=reading)
+    assert without.assumptions == {"mixlora_switch": reading, "expert_capacity": 32} and without.router.expert_capacity == 32
+
+
+@pytest.mark.parametrize(
+    ("recipe", "fields", "options", "word"),
+    [
+        (SWITCH, {}, {}, r"mixlora_switch: found nothing, .* expected mixlora_switch=training \(p FFN_e"),
+        (SWITCH, {}, {"mixlora_switch": "both"}, "found 'both', expected one of training, inference"),
+        (SWITCH, {}, {"mixlora_switch": "training", "top_k": 1}, "mixlora-switch has no top_k"),
+        (SWITCH, {}, {"mixlora_switch": "training", "temperature": 1.0}, "mixlora-switch has no temperature"),
+        (SWITCH, {"expert_capacity": 0}, {"mixlora_switch": "training"}, "expert_capacity: found 0, expected an integer from 1"),
+        (SWITCH, {"expert_capacity": True}, {"mixlora_switch": "inference"}, "expert_capacity"),
+        (Recipe("mixlora"), {}, {"mixlora_switch": "training"}, "only MoE-PEFT's mixlora-switch has it"),
+        (Recipe("mola"), {}, {"mixlora_switch": "inference"}, "only MoE-PEFT's mixlora-switch has it"),
+        (Recipe("mixlora"), {}, {"mixlora_switch": "both"}, "one of training, inference"),
+    ],
+)
+def test_a_switch_that_cannot_be_read_is_refused_in_one_line(write, recipe, fields, options, word):
+    directory = write(recipe, **fields)
+    with pytest.raises(errors.InvalidField, match=word) as caught:
+        read_checkpoint(directory, **options)
+    assert "\n" not in str(caught.value)
+
+
+def test_the_command_shows_the_reading_that_was_asked_for(write, capsys):
+    directory = str(write(SWITCH))
+    assert main(["inspect", directory]) == 2
+    assert "mixlora_switch=inference (each MLP hands its input on" in capsys.readouterr().err
+    assert main(["inspect", directory, "--assume", "mixlora_switch=training"]) == 0
+    shown = " ".join(capsys.readouterr().out.split())
+    assert "switch, softmax, the likeliest expert kept, not renormalised, as in training, expert_capacity 5" in shown
+    assert "assumed mixlora_switch = training" in shown
+    assert main(["inspect", directory, "--assume", "mixlora_switch=inference", "--json"]) == 0
+    router = json.loads(capsys.readouterr().out)["router"]
+    assert (router["mixlora_switch"], router["expert_capacity"]) == ("inference", 5)
+
+
 def put(key, tensor):
     return lambda tensors: tensors.update({f"mixlora.{key}": tensor})
 
@@ -192,7 +240,10 @@ def test_defective_tensors_are_refused_by_name(write, change, kind, word):
 
 
 CONFIG_DEFECTS = {
-    "switch": ({"routing_strategy": "mixlora-switch"}, "each MLP only hands its input on"),
+    "switch": (
+        {"routing_strategy": "mixlora-switch"},
+        "mixlora_switch=training .* or mixlora_switch=inference .each MLP hands its",
+    ),
     "unknown strategy": ({"routing_strategy": "mixlora-static"}, "routing_strategy"),
     "no strategy": ({"routing_strategy": None}, "routing_strategy"),
     "strategy of another type": ({"routing_strategy": "mola"}, "routing_strategy"),

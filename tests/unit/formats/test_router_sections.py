@@ -33,18 +33,50 @@ def test_every_setting_of_a_classifier_reads_back(tmp_path):
     assert same(state, read_checkpoint(write_native(tmp_path / "x", mixture(state))).router)
 
 
-@pytest.mark.parametrize("rule", GATE_RULES)
+@pytest.mark.parametrize("rule", [rule for rule in GATE_RULES if rule != "switch"])
 @pytest.mark.parametrize("bias", [False, True])
 def test_gates_of_every_rule_read_back_bit_for_bit(tmp_path, rule, bias):
     state = gates(rule, bias=bias)
     assert same(state, read_checkpoint(write_native(tmp_path / "x", mixture(state))).router)
 
 
-def test_gates_of_whole_mlps_read_back(tmp_path):
+def of_mlps(rule, **settings):
     modules = [f"{mlp}.{name}" for mlp in MLPS for name in ("up_proj", "down_proj")]
-    state = replace(gates("softmax_topk", units=MLPS, level="feed_forward"), activation="silu")
-    source = mixture(state, experts=(expert("a", modules), expert("b", modules)))
-    assert same(state, read_checkpoint(write_native(tmp_path / "x", source)).router)
+    state = replace(gates(rule, units=MLPS, level="feed_forward"), activation="silu", **settings)
+    return mixture(state, experts=(expert("a", modules), expert("b", modules)))
+
+
+SWITCH = {"mixlora_switch": "inference", "expert_capacity": 7}
+
+
+@pytest.mark.parametrize(("rule", "settings"), [("softmax_topk", {}), ("switch", SWITCH)])
+def test_gates_of_whole_mlps_read_back(tmp_path, rule, settings):
+    source = of_mlps(rule, **settings)
+    assert same(source.router, read_checkpoint(write_native(tmp_path / "x", source)).router)
+
+
+@pytest.mark.parametrize(
+    ("field", "value", "word"),
+    [
+        ("mixlora_switch", None, "a value for rule switch"),
+        ("mixlora_switch", "batch", "null, training, inference"),
+        ("expert_capacity", None, "a value for rule switch"),
+        ("expert_capacity", 0, "an integer from 1"),
+        ("expert_capacity", 2.0, "an integer from 1"),
+        ("rule", "softmax", "null for rule softmax"),
+        ("level", "linear", "no gate for|feed_forward"),
+    ],
+)
+def test_defective_switch_is_refused_by_name(tmp_path, field, value, word):
+    target = write_native(tmp_path / "x", of_mlps("switch", **SWITCH))
+    put(field, value)(target)
+    with pytest.raises(errors.InvalidField, match=word):
+        read_checkpoint(target)
+
+
+def test_a_switch_is_for_whole_mlps_only(tmp_path):
+    with pytest.raises(errors.InvalidField, match="feed_forward, for rule switch"):
+        write_native(tmp_path / "x", mixture(replace(gates("switch"), **SWITCH)))
 
 
 def test_unit_with_fewer_experts_reads_back(tmp_path):

@@ -31,8 +31,8 @@ def by_definition(
     score = {"topk_softmax": logits, "arrow": np.abs(logits)}.get(rule, p)
     best = np.argsort(-score)
     w = np.zeros(len(logits))
-    if rule == "softmax":
-        return p
+    if rule in ("softmax", "switch"):
+        return p if rule == "softmax" else p * (p == p.max())
     if rule == "topk_softmax":
         w[best[:k]] = softmax(logits[best[:k]])
     elif rule == "arrow":
@@ -64,7 +64,8 @@ def make_gate(rule: str, experts: int = E, **given) -> LayerGate:
         threshold_weight=torch.randn(1, INPUTS, generator=generator),
         threshold_bias=torch.randn(1, generator=generator),
     )
-    return LayerGate(state, GatesState({}, rule, E, **{"temperature": 0.7, "threshold": 0.3, **given}))
+    settings = {"temperature": 0.7, "threshold": 0.3, "mixlora_switch": "training", "expert_capacity": 2}
+    return LayerGate(state, GatesState({}, rule, E, **settings | given))
 
 
 @pytest.mark.parametrize("rule", GATE_RULES)
@@ -86,6 +87,20 @@ def test_experts_that_a_unit_does_not_have_get_no_weight():
     assert torch.allclose(weights.sum(-1), torch.ones(1, 4))
 
 
+@pytest.mark.parametrize("capacity", [1, 2, 3])
+def test_the_first_tokens_of_each_row_that_chose_an_expert_are_within_its_capacity(capacity):
+    gate = make_gate("switch", expert_capacity=capacity)
+    chosen = torch.tensor([[0, 2, 2, 0, 2, 2], [2, 2, 2, 1, 0, 0]])
+    weights = 0.4 * nn.functional.one_hot(chosen, E)
+    got = gate.within_capacity(weights, None)[..., 0].int().tolist()
+    assert got[0] == {1: [1, 1, 0, 0, 0, 0], 2: [1, 1, 1, 1, 0, 0], 3: [1, 1, 1, 1, 1, 0]}[capacity]
+    assert got[1] == {1: [1, 0, 0, 1, 1, 0], 2: [1, 1, 0, 1, 1, 1], 3: [1, 1, 1, 1, 1, 1]}[capacity]
+    mask = torch.tensor([[1, 1, 1, 1, 1, 1], [0, 0, 1, 1, 1, 0]])
+    for tokens in (mask, mask.bool()):
+        padded = gate.within_capacity(weights, tokens)[..., 0].int().tolist()
+        assert padded[0] == got[0] and padded[1] == [0, 0, 1, 1, 1, 0]
+
+
 def test_a_16_bit_gate_computes_in_float32_and_gives_its_tensors_back():
     state = GateState(weight=torch.randn(E, INPUTS).bfloat16(), top_k=1)
     gate = LayerGate(state, GatesState({}, "topk_softmax", E))
@@ -101,6 +116,9 @@ def test_a_16_bit_gate_computes_in_float32_and_gives_its_tensors_back():
         ("arrow", {"temperature": 0.0}, "temperature=0.0"),
         ("top_p", {"threshold": None}, "threshold"),
         ("top_p", {"temperature": 0.0}, "temperature=0.0"),
+        ("switch", {"mixlora_switch": None}, "mixlora_switch"),
+        ("switch", {"mixlora_switch": "batch"}, "mixlora_switch"),
+        ("switch", {"expert_capacity": None}, "expert_capacity"),
         ("largest", {}, "largest"),
     ],
 )
