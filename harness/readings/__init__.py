@@ -42,6 +42,6 @@ def read_artifact(path: Path, base_model: str | None = None, assume: Mapping[str
 
 
 def _is_told(layout: str, assume: Mapping[str, Any]) -> bool:
-    """Whether the judge's own reading knows what to do with everything that the user states; natively nothing is open."""
-    understood = {NATIVE: set(assume), "peft-arrow": {"rng_seed"}, "mergoo": {"top_k"}}
+    """Whether the judge's own reading knows what to do with everything that the user states."""
+    understood = {"peft-arrow": {"rng_seed"}, "mergoo": {"top_k"}}
     return set(assume) <= understood.get(layout, set())

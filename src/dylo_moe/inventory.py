@@ -36,7 +36,8 @@ def take_inventory(checkpoint: Checkpoint, base_model: str | None = None) -> dic
         parameters: how many numbers it has, in `beside` too, dtypes: [...], norm: Frobenius norm of all s B A together}, ...].
     shared: the same of the adapter that is always added, or null.
     router: null, or {kind: "dynamic_hybrid", "xlora" or "gates", features, experts, parameters, shapes: {name: [sizes]}, and the
-        settings of its kind: top_k, temperature; layerwise, enable_softmax ...; rule, level, threshold, units}.
+        settings of its kind: top_k, temperature; layerwise, enable_softmax ...; rule, level, threshold, mixlora_switch,
+        expert_capacity, units}.
     assumptions: {name: value}. warnings: [line, ...].
 
     Args:
