@@ -172,7 +172,7 @@ def test_what_padding_is_cannot_be_told_from_a_mask_of_another_shape(load, ids):
         pytest.raises(RoutingError, match="no rows of single experts"),
         model.routing.forcing(RowRoutes([None, 1, 0], 3, model.device)),
     ):
-        model(ids)
+        model.causal_lm(ids)
 
 
 def test_what_the_decoder_writes_is_what_each_prompt_gets_alone(base, load):
