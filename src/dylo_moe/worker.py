@@ -12,11 +12,12 @@ import selectors
 import signal
 import subprocess
 import sys
-import tempfile
 import time
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any, TextIO
+
+from dylo_moe.workplace import Workplace
 
 START_SECONDS = 120.0
 # Nothing else of the environment reaches the child: it may hold keys and tokens.
@@ -32,7 +33,7 @@ class WorkerGone(Exception):
 
 
 class Worker:
-    """Runs `python -m <module>` in a private empty directory and talks JSON lines with it over pipes.
+    """Runs `python -m <module>` in a private empty directory (see workplace.py) and talks JSON lines with it over pipes.
 
     Use as a context manager. Questions and answers are JSON objects.
 
@@ -44,7 +45,7 @@ class Worker:
         self.module = module
         self._extra = dict(environment or {})
         self._process: subprocess.Popen[bytes] | None = None
-        self._directory: tempfile.TemporaryDirectory[str] | None = None
+        self._place: Workplace | None = None
         self._pending = b""
 
     def __enter__(self) -> Worker:
@@ -79,26 +80,26 @@ class Worker:
             process.wait()
             process.stdin.close()
             process.stdout.close()
-        if self._directory is not None:
-            self._directory.cleanup()
-            self._directory = None
+        if self._place is not None:
+            self._place.remove()
+            self._place = None
 
     def _start(self) -> None:
-        self._directory = tempfile.TemporaryDirectory(prefix="dylo-moe-", ignore_cleanup_errors=True)
+        self._place = Workplace()
         with self._errors().open("wb") as errors:
             self._process = subprocess.Popen(
                 [sys.executable, "-m", self.module],
                 stdin=subprocess.PIPE,
                 stdout=subprocess.PIPE,
                 stderr=errors,
-                cwd=self._directory.name,
-                env=self._extra | _environment(self._directory.name),
+                cwd=self._place.path,
+                env=self._extra | _environment(str(self._place.path)),
                 start_new_session=True,
             )
         self._read(START_SECONDS)
 
     def _errors(self) -> Path:
-        return Path(self._directory.name) / "stderr"
+        return self._place.path / "stderr"
 
     def _read(self, seconds: float) -> dict[str, Any]:
         deadline = time.monotonic() + seconds

@@ -5,13 +5,14 @@ from __future__ import annotations
 import contextlib
 import fcntl
 import os
-import shutil
 import stat
 import tempfile
 import time
 from pathlib import Path
 
-_PREFIX = "dylo-moe-shard-"
+from dylo_moe.sandbox.directory import remove
+
+_PREFIX = "dylo-moe-place-"
 # Between its creation and its lock a directory looks like that of a dead process.
 _SECONDS_TO_LOCK = 60.0
 
@@ -26,13 +27,13 @@ class Workplace:
     def __init__(self) -> None:
         for leftover in Path(tempfile.gettempdir()).glob(f"{_PREFIX}*"):
             if _is_dead(leftover):
-                shutil.rmtree(leftover, ignore_errors=True)
+                remove(leftover)
         self.path = Path(tempfile.mkdtemp(prefix=_PREFIX))
         self._lock = _locked(self.path)
 
     def remove(self) -> None:
         """The directory, with all that is in it."""
-        shutil.rmtree(self.path, ignore_errors=True)
+        remove(self.path)
         os.close(self._lock)
 
 

@@ -50,6 +50,27 @@ def test_what_a_killed_process_left_goes_and_what_a_living_one_has_stays(tempora
     assert not left.exists() and {living.path, new.path, other, target} < set(temporary.iterdir())
 
 
+DEEP = """
+import os, signal
+from dylo_moe.worker import Worker
+worker = Worker("dylo_moe.sanitize_worker")
+worker._start()
+os.chdir(worker._place.path)
+for _ in range(1500):
+    os.mkdir("d")
+    os.chdir("d")
+os.kill(os.getpid(), signal.SIGKILL)
+"""
+
+
+def test_directory_of_a_child_whose_parent_was_killed_goes_however_deep_it_is(temporary):
+    assert subprocess.run([sys.executable, "-c", DEEP], timeout=60).returncode == -9
+    (left,) = temporary.iterdir()
+    aged(left)
+    Workplace()
+    assert not left.exists()
+
+
 def test_removed_place_is_gone_with_all_that_is_in_it():
     place = Workplace()
     (place.path / "file").write_text("x")
