@@ -25,8 +25,9 @@ FRESH = (nn.Linear, Conv1D)
 
 # Looked at in every pass, for each expert of each layer.
 _WEIGHT, _SHAPE, _PARAMETERS = methodcaller("get", "weight"), attrgetter("shape"), attrgetter("_parameters")
-# A product with this many columns is as quick alone.
-_MANY = 512
+# Products of fewer rows than these, or of so many columns, are as quick one by one.
+FEW = 16
+MANY = 512
 _MOST_KINDS = 4096
 
 
@@ -73,8 +74,8 @@ class Plain:
         self._shapes = list(map(_SHAPE, weights))
         self.signature: Signature = tuple((e, layer.scaling[name], len(a)) for (e, name), a in zip(experts, weights, strict=True))
         self.rank, self.dtype, self.device = sum(map(len, weights)), weights[0].dtype, weights[0].device
-        self.alone = Together([self])
-        self.together = self.alone  # with those that were last found to read the same
+        self.alone = Together({layer: self})
+        self.together: Together | None = None  # with those that were last found to read the same
 
     @property
     def shrinks(self) -> list[Tensor]:
@@ -94,8 +95,12 @@ class Plain:
         first = weights[0]
         return first.dtype is self.dtype and list(map(_SHAPE, weights)) == self._shapes and first.device == self.device
 
-    def mixed(self, x: Tensor, spread: Spread, hidden: Tensor | None) -> Tensor:
-        """x: (B, S, in); hidden: A x times the factors, (T, R), or None where the grouped way costs less -> (B, S, out)."""
+    def mixed(self, x: Tensor, spread: Spread) -> Tensor:
+        """x: (B, S, in) -> (B, S, out)."""
+        return self.finished(x, spread, self.alone.hidden(x, spread))
+
+    def finished(self, x: Tensor, spread: Spread, hidden: Tensor | None) -> Tensor:
+        """hidden: A x times the factors, (T, R), or None where the grouped way costs less."""
         result = self._base_forward(x)
         if hidden is None:
             return add_grouped(result, x, spread, self.sums)
@@ -107,38 +112,43 @@ class Plain:
 
 
 class Together:
-    """The A of layers that read one tensor."""
+    """The A of layers that read one tensor. members: in the order in which they read it."""
 
-    def __init__(self, members: list[Plain]) -> None:
-        first = members[0]
+    def __init__(self, members: dict[LoraLinear, Plain]) -> None:
         self.members = members
-        self._widths = [member.rank for member in members]
+        self._plains = list(members.values())
+        self._widths = [plain.rank for plain in self._plains]
         self._width = sum(self._widths)
-        self._signature = sum((member.signature for member in members), ())
-        stacks = [member.stack[0] for member in members if member.stack is not None]
+        self._signature = sum((plain.signature for plain in self._plains), ())
+        stacks = [plain.stack[0] for plain in self._plains if plain.stack is not None]
         self._stack = None if len(stacks) < len(members) else stacks[0] if len(stacks) == 1 else torch.cat(stacks)
+        first = self._plains[0]
         self._kind = first.kinds.number(self._signature, first.sums.kind, first.device)
 
-    def hidden(self, x: Tensor, spread: Spread) -> list[Tensor | None]:
-        """x: (B, S, in) -> for each layer A x times the factors, (T, R), or None where the grouped way costs the first less."""
+    def hidden(self, x: Tensor, spread: Spread) -> Tensor | None:
+        """x: (B, S, in) -> A x times the factors, (T, sum of R), or None where the grouped way costs the first less."""
         factors = spread.plans.get(self._kind)
         if factors is None:
             factors = spread.plans[self._kind] = self._plan(spread)
         if factors is False:
-            return [None] * len(self.members)
-        hidden = F.linear(x, self._shrink)
+            return None
+        hidden = F.linear(x, self._shrink if self._stack is None else self._stack)
         hidden = hidden.mul_(factors) if hidden.dtype is factors.dtype else (hidden * factors).to(hidden.dtype)
-        hidden = hidden.view(-1, self._width)
-        return [hidden] if len(self._widths) == 1 else hidden.split_with_sizes(self._widths, 1)
+        return hidden.view(-1, self._width)
+
+    def parts(self, hidden: Tensor | None) -> dict[LoraLinear, tuple[Plain, Tensor | None]]:
+        """What `hidden` gave, for each layer."""
+        of_each = [None] * len(self._plains) if hidden is None else hidden.split_with_sizes(self._widths, 1)
+        return dict(zip(self.members, zip(self._plains, of_each, strict=True), strict=True))
 
     @property
     def _shrink(self) -> Tensor:
         """All A, (sum of R, in)."""
-        return torch.cat([weight for member in self.members for weight in member.shrinks]) if self._stack is None else self._stack
+        return torch.cat([weight for plain in self._plains for weight in plain.shrinks])
 
     def _plan(self, spread: Spread) -> Tensor | bool:
         """The factors, or False where the grouped way costs less."""
-        first = self.members[0]
+        first = self._plains[0]
         if first.device.type == "cpu" and not torch.compiler.is_compiling() and first.sums.cheaper_grouped(spread):
             return False
         return spread.factors(self._signature).to(first.device)
@@ -155,12 +165,11 @@ def fits(layer: LoraLinear) -> bool:
     return all(map(contains, parameters, repeat("weight")))
 
 
-def may_join(members: list[Plain | None]) -> bool:
+def may_join(plains: list[Plain | None]) -> bool:
     """Whether one product for all of these layers is quicker than one for each."""
-    first = members[0]
+    first = plains[0]
     return all(
-        member is not None and (member.device, member.dtype) == (first.device, first.dtype) and member.rank < _MANY
-        for member in members
+        plain is not None and (plain.device, plain.dtype) == (first.device, first.dtype) and plain.rank < MANY for plain in plains
     )
 
 

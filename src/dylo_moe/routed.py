@@ -17,7 +17,7 @@ from dylo_moe.errors import RoutingError
 from dylo_moe.gradients import add_lean
 from dylo_moe.held import EVERY, EVERY_PRE
 from dylo_moe.mixture import Mixture
-from dylo_moe.plain import FRESH, Plain, Together, fits, may_join
+from dylo_moe.plain import FEW, FRESH, Plain, Together, fits, may_join
 from dylo_moe.quantised import keep_scales
 from dylo_moe.sums import Sums, add_dense, add_grouped
 
@@ -75,18 +75,18 @@ class RoutedLinear(LoraLinear):
         spread = None if self.is_readout or self.mixture.shared is not None else self.mixture.pass_spread(x)
         if spread is None:
             return None
-        found = spread.ahead.pop(self, None)
-        if found is not None and found[0] is x:
-            _, plain, hidden = found
-            return plain.mixed(x, spread, hidden)
+        if spread.ahead[0] is x and self in spread.ahead[1]:
+            plain, hidden = spread.ahead[1][self]
+            return plain.finished(x, spread, hidden)
         plain = self._plain_now()
         if plain is None or x.dtype is not plain.dtype or x.device != plain.device:
             return None
-        together = plain.alone if torch.compiler.is_compiling() else self._together(plain)
-        hidden, *others = together.hidden(x, spread)
-        if others:
-            spread.ahead = {layer: (x, *rest) for layer, *rest in zip(self.siblings, together.members[1:], others, strict=True)}
-        return plain.mixed(x, spread, hidden)
+        if spread.tokens < FEW or not self.siblings or torch.compiler.is_compiling():
+            return plain.mixed(x, spread)
+        together = self._together(plain)
+        parts = together.parts(together.hidden(x, spread))
+        spread.ahead = (x, parts)
+        return plain.finished(x, spread, parts[self][1])
 
     def _plain_now(self) -> Plain | None:
         """The layer as `plain` wants it, if it is so now."""
@@ -108,12 +108,12 @@ class RoutedLinear(LoraLinear):
 
     def _together(self, plain: Plain) -> Together:
         """With its siblings, where one product for all of them is quicker."""
-        hooked = EVERY or EVERY_PRE or any(layer._forward_hooks or layer._forward_pre_hooks for layer in (self, *self.siblings))
-        if not self.siblings or hooked:
+        layers = (self, *self.siblings)
+        if EVERY or EVERY_PRE or any(layer._forward_hooks or layer._forward_pre_hooks for layer in layers):
             return plain.alone  # a hook may write into what they read
-        members = [plain, *(layer._plain_now() for layer in self.siblings)]
-        if members != plain.together.members:
-            plain.together = Together(members) if may_join(members) else plain.alone
+        plains = [plain, *(layer._plain_now() for layer in self.siblings)]
+        if plain.together is None or plains != list(plain.together.members.values()):
+            plain.together = Together(dict(zip(layers, plains, strict=True))) if may_join(plains) else plain.alone
         return plain.together
 
     def mix(self, x: Tensor, weights: Tensor) -> Tensor:

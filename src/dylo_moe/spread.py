@@ -46,18 +46,16 @@ class Spread:
         # At least float32: they multiply the small (B, S, R) tensor, so precision is cheap here.
         self.weights = weights.to(torch.promote_types(weights.dtype, torch.float32))
         self.shape = shape
+        self.tokens = shape[0] * shape[1]
         self.grows = torch.is_grad_enabled()  # the rest is worked out with a graph
         self.choices: dict[tuple, bool] = {}  # dense or grouped, for the layers so far
         self.plans: dict[int, Tensor | bool] = {}  # the factors for each kind of plain layers, False where grouped does less work
-        self.ahead: dict[nn.Module, tuple] = {}  # what a layer's sibling has worked out for it: (input, how, A x times factors)
+        # What a layer has worked out for those that read the same tensor after it: that tensor, and each one's part.
+        self.ahead: tuple[Tensor | None, dict[nn.Module, tuple]] = (None, {})
         self._layouts = layouts
         self._factors: dict[Signature, Tensor] = {}
         self._factors_of_tokens: dict[Signature, Tensor] = {}
         self._chunks: dict[Signature, list[Chunk]] = {}
-
-    @property
-    def tokens(self) -> int:
-        return self.shape[0] * self.shape[1]
 
     def factors(self, signature: Signature) -> Tensor:
         """Weights times scalings at each of the stacked rows, (B|1, S|1, R)."""
