@@ -12,6 +12,7 @@ from dylo_moe import PeftMoEDecoder, load_checkpoint
 from dylo_moe.caches import halves
 from dylo_moe.guessing import Guesses
 from dylo_moe.pair_cost import PairCost
+from dylo_moe.paired_cache import can_pair
 
 STEPS = 7
 GREEDY = {"max_new_tokens": 12, "min_new_tokens": 12, "do_sample": False, "pad_token_id": 0}
@@ -283,6 +284,22 @@ def test_shared_adapter_runs_in_two_passes(specimens, ids):
     model.mixture.shared = model.expert_names[0]
     model.generate(ids, **GREEDY)
     assert model.routing.guesses is None
+
+
+def test_a_cache_that_leaves_the_device_is_not_paired(specimens, ids):
+    cache = model_of(specimens)(ids, use_cache=True).past_key_values
+    assert can_pair(cache)
+    cache.offloading = True  # on a GPU: DynamicCache(offloading=True)
+    assert not can_pair(cache)
+
+
+def test_training_mode_and_inference_mode_run_in_two_passes(specimens, ids):
+    model = model_of(specimens)
+    with torch.inference_mode():
+        model.generate(ids, **GREEDY)
+    assert model.routing.guesses.made == 0
+    model.train().generate(ids, **GREEDY)
+    assert model.routing.guesses.made == 0
 
 
 def test_steps_outside_of_a_generation_run_in_two_passes(specimens, ids):

@@ -7,9 +7,11 @@ from threading import Event, get_ident
 
 import pytest
 import torch
+from transformers.modeling_outputs import BaseModelOutput
 from transformers.models.llama.modeling_llama import LlamaDecoderLayer
 
 from dylo_moe import load_checkpoint
+from dylo_moe.guessing import Guesses
 
 GREEDY = {"max_new_tokens": 6, "min_new_tokens": 6, "do_sample": False, "pad_token_id": 0}
 
@@ -75,12 +77,12 @@ def test_passes_of_different_lengths_are_those_of_each_alone(specimens, ids, mon
     assert all(map(torch.equal, interleaved(monkeypatch, *calls, call=2), wanted))
 
 
-@pytest.mark.parametrize("call", [4, 5, 6, 7])
-def test_guesses_of_one_generation_get_nothing_of_the_other(specimens, ids, monkeypatch, call):
+@pytest.mark.parametrize(("call", "other"), [(4, {}), (6, {}), (7, {"expert_id": 1}), (7, {})])
+def test_guesses_of_one_generation_get_nothing_of_the_other(specimens, ids, monkeypatch, call, other):
     model = load_checkpoint(specimens(top_k=2), dtype=torch.float64).eval()
     model.routing.pair_cost = Always()
-    calls = [lambda: model.generate(ids[:2], **GREEDY), lambda: model.generate(ids[2:], **GREEDY)]
-    wanted = [function() for function in calls]
+    calls = [lambda: model.generate(ids[:2], **GREEDY), lambda: model.generate(ids[2:], **other, **GREEDY)]
+    wanted = [function() for function in reversed(calls)][::-1]
     assert model.routing.guesses.made
     assert all(map(torch.equal, interleaved(monkeypatch, *calls, call=call), wanted))
 
@@ -91,3 +93,14 @@ def test_active_expert_is_the_models_and_holds_in_every_thread(specimens, ids):
     with ThreadPoolExecutor(1) as pool:
         got = pool.submit(lambda: model(ids).logits.detach()).result()
     assert torch.equal(got, model(ids, expert_id=2).logits)
+
+
+def test_hidden_states_of_another_threads_pass_are_not_a_guesss(specimens):
+    model = load_checkpoint(specimens(targets="attention")).eval()
+    guesses = Guesses(model.causal_lm, model.mixture, 0.0, Always())
+    output = BaseModelOutput(last_hidden_state=torch.zeros(1, 1, 2))
+    with ThreadPoolExecutor(1) as pool:
+        pool.submit(guesses._catch, model.causal_lm, (), output).result()
+    assert not guesses._caught
+    guesses._catch(model.causal_lm, (), output)
+    assert guesses._caught
