@@ -131,5 +131,5 @@ def test_client_does_not_wait_for_a_worker_that_finds_no_place(machines, checkpo
     monkeypatch.setattr(crews, "ASK_SECONDS", 1.0)
     address = f"ray://{LOOPBACK}:{clients}"
     with connected(address) as slots, pytest.raises(ClusterError, match="no worker with 64 processors found a place"):
-        assert slots == Slots(1, 1, 0), "of two machines one is lost"
+        assert slots in (Slots(1, 1, 0), Slots(2, 1, 0)), "one of two machines may be lost, and Ray may not know it yet"
         generate_samples(planned(checkpoint, ray=address), tmp_path, crew=Crew(replace(slots, cpus=64), address))
