@@ -129,7 +129,7 @@ class Mixture:
         """The spread of the pass over an input x (B, S, in); None unless all layers have the same weights, and these fit x."""
         if x.dim() != 3:
             return None
-        spreads, shape = self._spreads, x.shape[:2]
+        spreads, shape = self.now._spreads, x.shape[:2]
         known = spreads[-1] if spreads else None
         if known is not None and known.shape == shape:
             return known

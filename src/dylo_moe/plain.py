@@ -14,7 +14,6 @@ from operator import attrgetter, contains, methodcaller
 import torch
 from peft.tuners.lora import Linear as LoraLinear
 from torch import Tensor, nn
-from torch.nn import functional as F
 from transformers.pytorch_utils import Conv1D
 
 from dylo_moe.spread import Signature, Spread
@@ -74,6 +73,7 @@ class Plain:
         self._shapes = list(map(_SHAPE, weights))
         self.signature: Signature = tuple((e, layer.scaling[name], len(a)) for (e, name), a in zip(experts, weights, strict=True))
         self.rank, self.dtype, self.device = sum(map(len, weights)), weights[0].dtype, weights[0].device
+        self._width = self._expands[0]["weight"].shape[0]
         self.alone = Together({layer: self})
         self.together: Together | None = None  # with those that were last found to read the same
 
@@ -107,7 +107,7 @@ class Plain:
         if result.dtype is not self.dtype or not result.is_contiguous():  # under autocast, say
             return add_dense(result, x, spread, self.sums)
         expand = torch.cat(list(map(_WEIGHT, self._expands)), dim=1).t() if self.stack is None else self.stack[1]
-        result.view(-1, expand.shape[1]).addmm_(hidden, expand)
+        result.view(-1, self._width).addmm_(hidden, expand)
         return result
 
 
@@ -118,10 +118,9 @@ class Together:
         self.members = members
         self._plains = list(members.values())
         self._widths = [plain.rank for plain in self._plains]
-        self._width = sum(self._widths)
         self._signature = sum((plain.signature for plain in self._plains), ())
         stacks = [plain.stack[0] for plain in self._plains if plain.stack is not None]
-        self._stack = None if len(stacks) < len(members) else stacks[0] if len(stacks) == 1 else torch.cat(stacks)
+        self._stack = None if len(stacks) < len(members) else (stacks[0] if len(stacks) == 1 else torch.cat(stacks)).t()
         first = self._plains[0]
         self._kind = first.kinds.number(self._signature, first.sums.kind, first.device)
 
@@ -132,9 +131,8 @@ class Together:
             factors = spread.plans[self._kind] = self._plan(spread)
         if factors is False:
             return None
-        hidden = F.linear(x, self._shrink if self._stack is None else self._stack)
-        hidden = hidden.mul_(factors) if hidden.dtype is factors.dtype else (hidden * factors).to(hidden.dtype)
-        return hidden.view(-1, self._width)
+        hidden = torch.mm(x.flatten(0, 1), self._shrink if self._stack is None else self._stack)
+        return hidden.mul_(factors) if hidden.dtype is factors.dtype else (hidden * factors).to(hidden.dtype)
 
     def parts(self, hidden: Tensor | None) -> dict[LoraLinear, tuple[Plain, Tensor | None]]:
         """What `hidden` gave, for each layer."""
@@ -143,15 +141,15 @@ class Together:
 
     @property
     def _shrink(self) -> Tensor:
-        """All A, (sum of R, in)."""
-        return torch.cat([weight for plain in self._plains for weight in plain.shrinks])
+        """All A, (in, sum of R)."""
+        return torch.cat([weight for plain in self._plains for weight in plain.shrinks]).t()
 
     def _plan(self, spread: Spread) -> Tensor | bool:
-        """The factors, or False where the grouped way costs less."""
+        """The factors, (T|1, sum of R), or False where the grouped way costs less."""
         first = self._plains[0]
         if first.device.type == "cpu" and not torch.compiler.is_compiling() and first.sums.cheaper_grouped(spread):
             return False
-        return spread.factors(self._signature).to(first.device)
+        return spread.factors_of_tokens(self._signature).to(first.device)
 
 
 def fits(layer: LoraLinear) -> bool:

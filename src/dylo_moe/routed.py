@@ -72,10 +72,18 @@ class RoutedLinear(LoraLinear):
 
     def _short_way(self, x: Tensor) -> Tensor | None:
         """The mixture as `plain` computes it; None where it cannot."""
-        spread = None if self.is_readout or self.mixture.shared is not None else self.mixture.pass_spread(x)
+        mixture = self.mixture
+        held = mixture.now.held
+        kept = None if held is None else held.plain.get(id(self))
+        if kept is None and (self.is_readout or mixture.shared is not None):
+            return None
+        spread = mixture.pass_spread(x)
         if spread is None:
             return None
-        if spread.ahead[0] is x and self in spread.ahead[1]:
+        if spread.tokens < FEW:
+            if kept is not None:
+                return kept.mixed(x, spread)
+        elif spread.ahead[0] is x and self in spread.ahead[1]:
             plain, hidden = spread.ahead[1][self]
             return plain.finished(x, spread, hidden)
         plain = self._plain_now()
@@ -92,19 +100,17 @@ class RoutedLinear(LoraLinear):
         """The layer as `plain` wants it, if it is so now."""
         held = self.mixture.held
         kept = None if held is None else held.plain.get(id(self))
-        if kept is not None:
+        if kept is not None or torch.compiler.is_compiling():
             return kept
-        if torch.compiler.is_compiling():
-            return None
-        names = self.mixture.expert_names
-        if self._plain is None or not self._plain.is_current(self, names):
+        names, plain = self.mixture.expert_names, self._plain
+        if plain is None or not plain.is_current(self, names):
             experts = self.experts_here
-            self._plain = Plain(self, names, experts, self.mixture.kinds) if experts and fits(self) else None
-        if held is not None and self._plain is not None:
-            kept = held.sums_of(self, lambda: self._plain.sums)
-            if kept.stack is not None:
-                return held.plain.setdefault(id(self), Plain(self, names, self.experts_here, self.mixture.kinds, kept.stack))
-        return self._plain
+            plain = self._plain = Plain(self, names, experts, self.mixture.kinds) if experts and fits(self) else None
+        if held is not None and plain is not None:
+            sums = held.sums_of(self, lambda: plain.sums)
+            if sums.stack is not None:
+                return held.plain.setdefault(id(self), Plain(self, names, self.experts_here, self.mixture.kinds, sums.stack))
+        return plain
 
     def _together(self, plain: Plain) -> Together:
         """With its siblings, where one product for all of them is quicker."""
