@@ -118,7 +118,10 @@ class Together:
         self.members = members
         self._plains = list(members.values())
         self._widths = [plain.rank for plain in self._plains]
-        self._signature = sum((plain.signature for plain in self._plains), ())
+        # Where all have the same, one layer's factors are everyone's.
+        self._repeats = len(self._plains) if len({plain.signature for plain in self._plains}) == 1 else 1
+        parts = self._plains[:1] if self._repeats > 1 else self._plains
+        self._signature = sum((plain.signature for plain in parts), ())
         stacks = [plain.stack[0] for plain in self._plains if plain.stack is not None]
         self._stack = None if len(stacks) < len(members) else (stacks[0] if len(stacks) == 1 else torch.cat(stacks)).t()
         first = self._plains[0]
@@ -132,7 +135,12 @@ class Together:
         if factors is False:
             return None
         hidden = torch.mm(x.flatten(0, 1), self._shrink if self._stack is None else self._stack)
-        return hidden.mul_(factors) if hidden.dtype is factors.dtype else (hidden * factors).to(hidden.dtype)
+        if hidden.dtype is not factors.dtype:
+            return (hidden.unflatten(1, (self._repeats, -1)) * factors.unsqueeze(1)).to(hidden.dtype).flatten(1)
+        if self._repeats == 1:
+            return hidden.mul_(factors)
+        hidden.view(len(hidden), self._repeats, -1).mul_(factors.unsqueeze(1))
+        return hidden
 
     def parts(self, hidden: Tensor | None) -> dict[LoraLinear, tuple[Plain, Tensor | None]]:
         """What `hidden` gave, for each layer."""
@@ -153,14 +161,14 @@ class Together:
 
 
 def fits(layer: LoraLinear) -> bool:
-    """Whether a layer is its base, which nobody watches, and sums of its experts, whose weights are parameters."""
+    """Whether a layer with experts is its base, which nobody watches, and sums of them, whose weights are parameters like it."""
     if layer.lora_variant or layer.merged_adapters or layer._disable_adapters or layer.training:
         return False
     base = layer._modules["base_layer"]
     if type(base) not in FRESH or base._forward_hooks or base._forward_pre_hooks or True in layer.lora_bias.values():
         return False
-    parameters = map(_PARAMETERS, chain.from_iterable(map(dict.values, _parts(layer))))
-    return all(map(contains, parameters, repeat("weight")))
+    owners = list(map(_PARAMETERS, chain.from_iterable(map(dict.values, _parts(layer)))))
+    return all(map(contains, owners, repeat("weight"))) and owners[0]["weight"].dtype is base.weight.dtype
 
 
 def may_join(plains: list[Plain | None]) -> bool:

@@ -84,7 +84,9 @@ class RoutedLinear(LoraLinear):
             if kept is not None:
                 return kept.mixed(x, spread)
         elif spread.ahead[0] is x and self in spread.ahead[1]:
-            plain, hidden = spread.ahead[1][self]
+            plain, hidden = spread.ahead[1].pop(self)
+            if not spread.ahead[1]:
+                spread.ahead = (None, {})
             return plain.finished(x, spread, hidden)
         plain = self._plain_now()
         if plain is None or x.dtype is not plain.dtype or x.device != plain.device:
@@ -93,8 +95,9 @@ class RoutedLinear(LoraLinear):
             return plain.mixed(x, spread)
         together = self._together(plain)
         parts = together.parts(together.hidden(x, spread))
+        _, hidden = parts.pop(self)
         spread.ahead = (x, parts)
-        return plain.finished(x, spread, parts[self][1])
+        return plain.finished(x, spread, hidden)
 
     def _plain_now(self) -> Plain | None:
         """The layer as `plain` wants it, if it is so now."""

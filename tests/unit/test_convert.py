@@ -127,7 +127,12 @@ def test_own_base_wins_over_a_directory_of_the_same_name(full, tmp_path, monkeyp
 
 @pytest.mark.parametrize("rule", GATE_RULES)
 def test_gates_become_ours_bit_for_bit(tmp_path, rule):
-    source = mixture(gates(rule, bias=True), path=tmp_path / "in", shared=expert("attention"), format="moe-peft-mola")
+    router, experts = gates(rule, bias=True), (expert("code"), expert("maths"))
+    if rule == "switch":  # of whole MLPs alone
+        router = gates(rule, bias=True, units=MLPS, level="feed_forward")
+        experts = tuple(expert(name, [f"{mlp}.up_proj" for mlp in MLPS]) for name in ("code", "maths"))
+    shared = expert("attention")
+    source = mixture(router, path=tmp_path / "in", experts=experts, shared=shared, format="moe-peft-mola")
     copy = read_checkpoint(convert_checkpoint(source, tmp_path / "out", to="dylora").path)
     assert same_experts(source.adapters, copy.adapters) and same(source.router, copy.router)
 

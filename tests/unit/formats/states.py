@@ -35,7 +35,8 @@ def gates(rule="softmax", *, bias=False, units=written.MODULES, level="linear", 
         return GateState(draw(rows, 8), draw(rows) if bias else None, top_k, *threshold)
 
     threshold = 0.4 if rule in ("top_p", "threshold", "adaptive_threshold") else None
-    return GatesState({unit: gate() for unit in units}, rule, 2, level, 0.5, threshold)
+    switch = {"mixlora_switch": "training", "expert_capacity": 4} if rule == "switch" else {}
+    return GatesState({unit: gate() for unit in units}, rule, 2, level, 0.5, threshold, **switch)
 
 
 def mixture(router, **changes):

@@ -49,8 +49,8 @@ def test_held_stacks_are_made_once_and_give_the_same(model, ids):
     layers = model.routed_layers().values()
     led = {id(follower) for layer in layers for follower in layer.siblings}
     leaders = [layer for layer in layers if id(layer) not in led]
-    # Without: in each step two stacks for each layer, in the prompt's pass one of A for those that read the same tensor. Held: each
-    # layer's two, and one of A for those, once.
+    # Without: in each step two stacks for each layer, in the prompt's pass one of A for those that read the same tensor.
+    # Held: each layer's two, and one of A for those, once.
     alone = 2 * (STEPS - 1) * len(layers) + len(layers) + len(leaders)
     assert plain.calls - held.calls == alone - 2 * len(layers) - sum(bool(leader.siblings) for leader in leaders)
     assert model.mixture.held is None
