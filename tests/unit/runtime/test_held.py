@@ -62,6 +62,15 @@ def test_held_stacks_under_autocast_give_the_same(model, ids):
     torch.testing.assert_close(got, wanted, rtol=0, atol=0)
 
 
+def test_experts_of_another_dtype_than_the_base_generate_the_same(specimens, ids):
+    model = load_checkpoint(specimens(features="embedding", top_k=4), dtype="bfloat16").eval()
+    for layer in model.routed_layers().values():
+        layer.lora_A.float()
+        layer.lora_B.float()
+    got, wanted = logits(model.generate, ids), logits(model.causal_lm.generate, ids)
+    torch.testing.assert_close(got, wanted, rtol=0, atol=0)
+
+
 def in_place(model):
     with torch.no_grad():
         weight(model).mul_(-3)
