@@ -8,6 +8,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any
 
 import torch
@@ -18,7 +19,7 @@ from dylo_moe.penalties import Penalties
 from dylo_moe.routing import ADAPTERS_OFF, Forced, Off, Routing
 from dylo_moe.row_cache import drop_columns, join_rows, keep_rows, roomy_cache
 from dylo_moe.row_routes import RowRoutes
-from dylo_moe.sampling import Uniforms, draw_tokens, group_scores
+from dylo_moe.sampling import Choice, Uniforms, draw_tokens, group_scores
 from dylo_moe.stopping import Ending
 
 
@@ -126,9 +127,7 @@ class Batch:
         streams = [text.uniforms.take(steps) for text in self.texts if text.uniforms is not None]
         uniforms = torch.stack(streams, dim=1) if streams else None
         for step in range(steps):
-            logits = self._forward(self.ids[:, -1:]) if self._logits is None else self._logits
-            self._write(self._choose(logits, None if uniforms is None else uniforms[step]))
-            self._logits = None
+            self._step(None if uniforms is None else uniforms[step])
         new = self.ids[self._first_rows, -steps:].tolist()
         return sum(text.add(tokens, self.setting.ending) for text, tokens in zip(self.texts, new, strict=True))
 
@@ -183,6 +182,14 @@ class Batch:
         self._ensembles = [(group, starts[group], size) for group, size in enumerate(sizes) if size > 1]
         self._forced = _forced(self._routes, self.setting)
 
+    def _step(self, uniforms: Tensor | None) -> None:
+        """Writes one token for every row. uniforms: (requests,), for draws."""
+        choose = partial(self._choose, uniforms=uniforms)
+        with self._choosing(choose):
+            logits = self._forward(self.ids[:, -1:]) if self._logits is None else self._logits
+        self._logits = None
+        self._write(choose(logits))
+
     @torch.no_grad()
     def _forward(self, ids: Tensor) -> Tensor:
         """Logits behind the last of these columns, (rows, vocabulary)."""
@@ -202,6 +209,10 @@ class Batch:
     def _routed(self) -> AbstractContextManager[None]:
         routing = self.setting.routing
         return nullcontext() if routing is None else routing.forcing(self._forced)
+
+    def _choosing(self, choose: Choice) -> AbstractContextManager[None]:
+        routing = self.setting.routing
+        return nullcontext() if routing is None else routing.choosing(choose)
 
     def _choose(self, logits: Tensor, uniforms: Tensor | None) -> Tensor:
         """The next token of each request, (requests,)."""

@@ -1,5 +1,5 @@
 """Two passes for about the price of one: beside a token's routed pass, the feature pass of a guessed next token runs as other
-rows of the same batch. The guess is what the feature pass itself predicts.
+rows of the same batch. The guess is what the feature pass itself predicts, or what the text repeats (guesser.py).
 
 Where the guess was right, the next token's routed pass can begin at once; where it was wrong, that token's feature pass runs
 first, as it does without guesses. So no token depends on a guess, beyond the rounding of a batch of another size.
@@ -20,17 +20,18 @@ from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 from transformers import Cache, PretrainedConfig, PreTrainedModel
 
+from dylo_moe.guesser import FOLLOWS, Guesser
 from dylo_moe.mixture import Mixture
 from dylo_moe.pair_cost import PairCost
 from dylo_moe.paired_cache import PairedCache, can_pair
+from dylo_moe.sampling import Choice, most_likely
 
 # What a step may have been given; with anything else it runs in two passes.
 _INPUTS = {"input_ids", "attention_mask", "position_ids", "past_key_values", "use_cache", "return_dict", "logits_to_keep"}
 
-# How fast the chance of a right guess follows what happens, and how fast it grows again where nothing is guessed: of guesses that
-# are always wrong half a dozen are made, and then one in about twenty steps.
+# The chance of a right guess at first, and how fast it grows again where nothing is guessed: of guesses that are always wrong
+# half a dozen are made, and then one in about twenty steps.
 _FIRST_CHANCE = 0.9
-_FOLLOWS = 0.2
 _RECOVERS = 0.003
 
 
@@ -67,20 +68,22 @@ class Guesses:
 
     Attributes:
         made, right: steps that were guessed, for all rows of the batch together, and those that came as guessed.
+        choose: how the next tokens will be chosen from their logits.
     """
 
     def __init__(self, causal_lm: PreTrainedModel, mixture: Mixture, weight: float, cost: PairCost) -> None:
         self.made = self.right = 0
+        self.choose: Choice = most_likely
         self._causal_lm = causal_lm
         self._mixture = mixture
         self._weight = weight
         self._cost = cost
         self._chance = _FIRST_CHANCE
+        self._repeats = 0.0  # the chance that all rows repeat themselves
+        self._guesser = Guesser()
         self._paired: PairedCache | None = None
         self._expected: Guess | None = None  # this step, as the last one guessed it
         self._planned: Guess | None = None  # the next step, to be run beside this one
-        self._last_ids: Tensor | None = None
-        self._filled: Tensor | None = None  # which rows have ended, (B, 1)
         self._is_running = False
         self._caught: list[Tensor] = []
         self._catching: RemovableHandle | None = None
@@ -97,6 +100,7 @@ class Guesses:
             run: the feature pass of this step, with such a cache.
         """
         expected, self._expected, self._planned = self._expected, None, None
+        self._read(step)
         if not self._can_guess(step, int(half.get_seq_length())):
             self._paired = None
             return run(half)
@@ -104,7 +108,7 @@ class Guesses:
         is_right = right is not None and self._count(bool(right.all()))
         pays = self._cost.pays(len(step["input_ids"]), self._chance)
         if not is_right and not pays:
-            self._chance = min(1.0, self._chance + _RECOVERS)
+            self._chance = max(min(1.0, self._chance + _RECOVERS), self._repeats)
             if self._paired is None:
                 return run(half)
         if self._paired is None:
@@ -113,7 +117,7 @@ class Guesses:
         self._paired.show_features()
         if pays:
             logits = expected.logits if is_right else self._logits(features)
-            self._planned = self._guess(step, logits, right)
+            self._planned = self._guess(step, logits)
         return features
 
     def widened(self, weights: Tensor, step: dict[str, Any]) -> Tensor:
@@ -157,7 +161,8 @@ class Guesses:
         if self._catching is not None:
             self._catching.remove()  # a pass that Ctrl-C ended has not
         self._caught.clear()
-        self._paired = self._expected = self._planned = self._last_ids = self._filled = None
+        self._paired = self._expected = self._planned = None
+        self._guesser, self.choose = Guesser(), most_likely
         self._is_over = True
 
     def _can_guess(self, step: dict[str, Any], length: int) -> bool:
@@ -184,7 +189,7 @@ class Guesses:
     def _count(self, is_right: bool) -> bool:
         self.made += 1
         self.right += is_right
-        self._chance += _FOLLOWS * (is_right - self._chance)
+        self._chance += FOLLOWS * (is_right - self._chance)
         return is_right
 
     def _logits(self, features: Tensor) -> Tensor:
@@ -193,15 +198,13 @@ class Guesses:
         with self._mixture.using(everyone if self._weight else None):
             return self._causal_lm.get_output_embeddings()(features)[:, -1]
 
-    def _guess(self, step: dict[str, Any], logits: Tensor, right: Tensor | None) -> Guess:
-        """right: which rows of this step were guessed rightly, (B,); None where there was no guess."""
-        now, ids = step["input_ids"], logits.argmax(dim=-1, keepdim=True).to(step["input_ids"].device)
-        if right is None:
-            self._filled = torch.zeros_like(now, dtype=torch.bool)
-        else:  # a row that repeats a token against the prediction has ended, and is filled up
-            self._filled = (now == self._last_ids) & (self._filled | ~right[:, None])
-            ids = torch.where(self._filled, now, ids)
-        self._last_ids = now
+    def _read(self, step: dict[str, Any]) -> None:
+        if not self._is_over and isinstance(step.get("input_ids"), Tensor):
+            self._repeats += FOLLOWS * (self._guesser.read(step["input_ids"]) - self._repeats)
+
+    def _guess(self, step: dict[str, Any], logits: Tensor) -> Guess:
+        """logits: what the feature pass predicts, (B, V)."""
+        ids = self._guesser.guess(self.choose(logits.to(step["input_ids"].device)))
         mask = step.get("attention_mask")
         mask = None if mask is None else nn.functional.pad(mask, (0, 1), value=1)
         return Guess(ids, step["position_ids"] + 1, mask)

@@ -20,6 +20,7 @@ from dylo_moe.mixture import Mixture, Route
 from dylo_moe.pair_cost import PairCost
 from dylo_moe.routed import RoutedCheckpoint, RoutedLinear
 from dylo_moe.row_routes import RowRoutes
+from dylo_moe.sampling import Choice
 from dylo_moe.sight import Sight
 from dylo_moe.threads import PerThread, ThreadState
 
@@ -121,6 +122,19 @@ class Routing:
             if guessing is not None:
                 guessing.finish()
             self.mixture.held, self._guessing = previous, outer
+
+    @contextmanager
+    def choosing(self, choose: Choice) -> Iterator[None]:
+        """What is guessed inside will be chosen so from its logits."""
+        guesses = self._guessing
+        if guesses is None:
+            yield
+            return
+        previous, guesses.choose = guesses.choose, choose
+        try:
+            yield
+        finally:
+            guesses.choose = previous
 
     def _new_guesses(self) -> Guesses | None:
         """For a generation in which only known code runs."""

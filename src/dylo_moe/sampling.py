@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import torch
@@ -17,6 +19,7 @@ from transformers.generation.logits_process import (
 
 from dylo_moe.errors import RoutingError
 
+Choice = Callable[[Tensor], Tensor]  # logits (rows, vocabulary) -> tokens (rows,)
 _WARPERS = ("temperature", "top_k", "top_p", "min_p")
 _UNSUPPORTED = ("typical_p", "epsilon_cutoff", "eta_cutoff", "top_h")
 # Candidates that are kept beyond the top k before the warpers see them: equal scores at the k-th place all stay.
@@ -55,15 +58,51 @@ class Draw(LogitsProcessor):
 
     def __call__(self, input_ids: Tensor, scores: Tensor) -> Tensor:
         """input_ids: (rows, length); scores: (rows, vocabulary) -> the same shape, -inf but for the chosen token."""
-        groups = group_scores(scores, self.group_size)
-        tokens = groups.argmax(dim=-1) if self.warpers is None else draw_tokens(groups, self.warpers, self._uniforms())
-        chosen = tokens.repeat_interleave(self.group_size).unsqueeze(-1)
+        chosen = self.foreseen(scores).repeat_interleave(self.group_size).unsqueeze(-1)
+        if self.warpers is not None:
+            self._chunk.pop()
         return torch.full_like(scores, -math.inf).scatter(-1, chosen, 0.0)
 
+    def foreseen(self, scores: Tensor) -> Tensor:
+        """What a call with these scores would choose, (groups,). It uses no random number up."""
+        groups = group_scores(scores, self.group_size)
+        return most_likely(groups) if self.warpers is None else draw_tokens(groups, self.warpers, self._uniforms())
+
     def _uniforms(self) -> Tensor:
+        """Of the next draw."""
         if not self._chunk:
             self._chunk = list(torch.stack([stream.take(_CHUNK) for stream in self._streams], dim=1))[::-1]
-        return self._chunk.pop()
+        return self._chunk[-1]
+
+
+def most_likely(logits: Tensor) -> Tensor:
+    """A `Choice`."""
+    return logits.argmax(dim=-1)
+
+
+def foreseen_choice(config: GenerationConfig, options: dict[str, Any], *, samples: bool) -> Choice:
+    """How `generate` with these options will choose the next tokens, with the random numbers that it will use, which stay unused.
+
+    Not where options ask for warpers that are not known here: it is only foreseen then which tokens are the most likely.
+    """
+    draws = [processor for processor in options.get("logits_processor") or () if isinstance(processor, Draw)]
+    if draws:
+        return draws[-1].foreseen
+    if not samples:
+        return most_likely
+    try:
+        return partial(_drawn, warpers_from_options(config, options)[0])
+    except RoutingError:
+        return most_likely
+
+
+def _drawn(warpers: LogitsProcessorList, logits: Tensor) -> Tensor:
+    """As transformers draws from logits (rows, vocabulary), with a copy of torch's generator."""
+    device = logits.device
+    state = torch.get_rng_state() if device.type == "cpu" else torch.get_device_module(device).get_rng_state(device)
+    generator = torch.Generator(device).set_state(state)
+    probabilities = torch.softmax(warpers(None, logits.float()), dim=-1)
+    return torch.multinomial(probabilities, 1, generator=generator)[:, 0]
 
 
 def group_scores(scores: Tensor, group_size: int) -> Tensor:

@@ -13,7 +13,7 @@ from transformers import LogitsProcessorList, PreTrainedModel
 from dylo_moe.errors import RoutingError, UnknownStrategy
 from dylo_moe.mixture import Mixture
 from dylo_moe.routing import ADAPTERS_OFF, Forced, Routing
-from dylo_moe.sampling import Draw, warpers_from_options
+from dylo_moe.sampling import Draw, foreseen_choice, warpers_from_options
 
 STRATEGIES = ("router", "single:<i>", "best", "ensemble", "round_robin", "base")
 
@@ -82,7 +82,8 @@ def generate_with_strategy(
         input_ids, attention_mask, options = _seeded(model, input_ids, attention_mask, rows, seeds, options)
         if chosen.kind == "best" and isinstance(route, Tensor):
             route = route.repeat_interleave(rows // len(route))
-    with model.routing.forcing(route), model.routing.holding(model, options):
+    choice = foreseen_choice(model.causal_lm.generation_config, options, samples=_samples(model, options))
+    with model.routing.forcing(route), model.routing.holding(model, options), model.routing.choosing(choice):
         return model.causal_lm.generate(input_ids, attention_mask=attention_mask, **_passed_on(model, options))
 
 

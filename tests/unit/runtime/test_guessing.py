@@ -154,7 +154,7 @@ def test_rows_that_ended_and_are_filled_up_are_guessed(specimens, ids):
     tokens = predicted(model, ids)
     tokens[2, 2:] = 0
     _, passes = guessed_run(model, ids, tokens)
-    assert passes == [3, 3] + [3, 6, 6] + [3, 6] * 2 + [6] * (STEPS - 4)
+    assert passes == [3, 3] + [3, 6, 6] + [3, 6] * 3 + [6] * (STEPS - 5)
 
 
 def cut_and_other_way(run):
@@ -254,6 +254,33 @@ def test_samples_with_seeds_are_those_of_two_passes(specimens, ids, dtype):
     assert len(set(map(tuple, got[:, 9:].tolist()))) == 3
 
 
+WARPERS = [{"temperature": 0.7}, {"temperature": 1.3, "top_k": 9}, {"top_p": 0.8}, {"seeds": [3, 4, 5], "temperature": 0.7}]
+
+
+@pytest.mark.parametrize("options", WARPERS, ids=str)
+def test_draws_are_foreseen_and_their_random_numbers_left_alone(specimens, ids, options):
+    model = model_of(specimens, experts=0.0)  # so that what is predicted is what the draw is from
+    options = {**GREEDY, "top_k": 0, "do_sample": True, **options}
+    runs = []
+    for _ in range(2):
+        torch.manual_seed(8)
+        runs.append((model.generate(ids, **options), torch.get_rng_state()))
+        guesses, model.routing.pair_cost = model.routing.guesses, None
+        assert guesses.made == guesses.right == 10
+    assert all(map(torch.equal, *runs))
+
+
+def test_draws_with_unknown_warpers_are_those_of_two_passes(specimens, ids):
+    model = model_of(specimens, experts=0.1)
+    options = {**GREEDY, "do_sample": True, "typical_p": 0.5, "top_k": 0}
+    runs = []
+    for _ in range(2):
+        torch.manual_seed(8)
+        runs.append(model.generate(ids, **options))
+        model.routing.pair_cost = None
+    assert torch.equal(*runs)
+
+
 class Own(LogitsProcessor):
     def __call__(self, input_ids, scores):
         return scores
@@ -340,14 +367,36 @@ def test_guesses_stop_where_they_keep_being_wrong_and_are_tried_again_now_and_th
     model.routing.pair_cost = cost = PairCost(model.causal_lm)
     cost._measured = {(1, torch.float64, torch.get_num_threads()): 1.05}
     steps = 60
-    tokens = torch.full((1, steps), 7)
-    tokens[:, ::2] = 11
+    tokens = torch.randperm(300, generator=torch.Generator().manual_seed(2))[None, :steps]  # none comes twice
     found, passes = guessed_run(model, ids[:1], tokens)
     guesses = model.routing.guesses
     assert guesses.right == 0
     assert 5 < guesses.made < 12
     assert len(passes) == 2 * (1 + steps)  # never a third pass
     assert passes.count(2) == guesses.made + (passes[-1] == 2)
+    assert_same(found, plain_run(model, ids[:1], tokens)[0])
+
+
+def test_text_that_repeats_itself_is_guessed_against_the_prediction(specimens, ids):
+    model = model_of(specimens)
+    tokens = torch.tensor([[11, 7, 5]]).repeat(1, 12)
+    found, passes = guessed_run(model, ids[:1], tokens)
+    guesses = model.routing.guesses
+    assert guesses.made == 35
+    assert guesses.right >= 30
+    assert_same(found, plain_run(model, ids[:1], tokens)[0])
+
+
+def test_guesses_begin_again_where_the_text_starts_to_repeat_itself(specimens, ids):
+    model = model_of(specimens)
+    model.routing.pair_cost = cost = PairCost(model.causal_lm)
+    cost._measured = {(1, torch.float64, torch.get_num_threads()): 1.05}
+    unlike = torch.randperm(300, generator=torch.Generator().manual_seed(2))[None, :14]
+    tokens = torch.cat([unlike, torch.tensor([[11, 7, 5]]).repeat(1, 10)], dim=1)
+    found, _ = guessed_run(model, ids[:1], tokens)
+    guesses = model.routing.guesses
+    assert guesses.made - guesses.right < 12
+    assert guesses.right > 15
     assert_same(found, plain_run(model, ids[:1], tokens)[0])
 
 
@@ -370,6 +419,13 @@ def test_decoder_writes_what_it_writes_in_two_passes(specimens, tmp_path):
         texts.append(decoder.codegen("def f(x):\n", num_samples=5))
         assert cost is None or model.routing.guesses.made
     assert texts[0] == texts[1]
+
+
+def test_decoder_foresees_its_draws(specimens, tmp_path):
+    model = model_of(specimens, experts=0.0)
+    options = {"model": model, "temperature": 0.9, "max_new_tokens": 12, "batch_size": 3, "force_base_prompt": True}
+    PeftMoEDecoder("x", "humaneval", **options).codegen("def f(x):\n", num_samples=3)
+    assert model.routing.guesses.made == model.routing.guesses.right > 5
 
 
 def test_counts_of_the_last_generation_are_kept_and_nothing_else(specimens, ids):
