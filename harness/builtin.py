@@ -21,9 +21,11 @@ from harness.specimens.xlora import XLoraChoices, write_xlora_checkpoint
 MEASURED = ("speed.*", "memory.*")
 # What random experts answer is nobody's known answer.
 SCORED = ("evaluation.*",)
-# Ten seconds or more each, and little of it depends on the architecture: compiling is judged on two specimens, decoding on one.
+# They take long, and little of it depends on the architecture: compiling is judged on two specimens, decoding on one, and two or
+# three will do for half precision and for more about generation than its texts.
 COMPILED = ("training.compile_equal",)
 DECODED = ("decoder.*",)
+HALVED, GENERATED = ("precision.*",), ("generation.*",)
 UNTOLD = MEASURED + SCORED + COMPILED + DECODED
 # Work is counted in every format: each has its own passes.
 DESCRIBED = SCORED + COMPILED + DECODED
@@ -124,12 +126,16 @@ def _planted_competence(directory: Path) -> Path:
 
 BUILT_IN = (
     Exhibit("llama, 4 experts, base features", _llama_base_features, without=MEASURED + SCORED),
-    Exhibit("gemma, 2 experts, bfloat16, embedding features, all linear", _gemma_bfloat16, without=MEASURED + SCORED + DECODED),
-    Exhibit("gpt2, 8 experts, mixed ranks, rsLoRA, top-2", _gpt2_rank_stabilised, without=UNTOLD),
-    Exhibit("qwen, 12 experts, a router decision per layer, top-3", _qwen_twelve_experts, without=UNTOLD),
-    Exhibit("llama, 1 expert, no router", _single_expert_without_router, without=UNTOLD),
+    Exhibit(
+        "gemma, 2 experts, bfloat16, embedding features, all linear",
+        _gemma_bfloat16,
+        without=MEASURED + SCORED + DECODED + GENERATED,
+    ),
+    Exhibit("gpt2, 8 experts, mixed ranks, rsLoRA, top-2", _gpt2_rank_stabilised, without=UNTOLD + HALVED),
+    Exhibit("qwen, 12 experts, a router decision per layer, top-3", _qwen_twelve_experts, without=UNTOLD + HALVED + GENERATED),
+    Exhibit("llama, 1 expert, no router", _single_expert_without_router, without=UNTOLD + HALVED + GENERATED),
     Exhibit("llama, 4 experts, PEFT X-LoRA, layerwise, top-2", _xlora, without=DESCRIBED, layout="peft-xlora"),
-    Exhibit("llama, 3 experts, PEFT Arrow, top-2", _arrow, without=DESCRIBED, layout="peft-arrow"),
+    Exhibit("llama, 3 experts, PEFT Arrow, top-2", _arrow, without=DESCRIBED + HALVED + GENERATED, layout="peft-arrow"),
     Exhibit("llama, 8 experts, large enough to time", _large_enough_to_time, checks=MEASURED),
     Exhibit("planted competence, 3 experts that know disjoint tasks", _planted_competence, checks=("evaluation.*",)),
 )

@@ -9,6 +9,7 @@ one decoder, in float32, on one machine.
 
 from __future__ import annotations
 
+import itertools
 import os
 import tempfile
 from collections.abc import Callable, Iterator
@@ -24,6 +25,7 @@ from harness.bench import Bench
 from harness.compare import assert_equal
 from harness.outcome import NotApplicable, Void
 from harness.specimens.tasks import TASKS, write_task_set
+from harness.texts import COLD
 from harness.workings import Workings, workings
 
 PROMPT = "def add(a, b):\n"
@@ -42,7 +44,7 @@ RESPONSE = "Here is the solution:"
 
 
 def check_greedy_equals_reference(bench: Bench) -> None:
-    """Greedy, a decoder writes the text of the reference's tokens, cut at the first stop string, for each kind of routing.
+    """Greedy, or sampled at a temperature near 0, a decoder writes the reference's tokens, cut at the first stop string.
 
     Reason: the decoder is where a strategy is lost: every score of upstream's `single:2` was expert 0's.
     Tolerance: none up to the first step whose two best tokens are within twice the bound on logits, or whose routing is a near
@@ -53,11 +55,11 @@ def check_greedy_equals_reference(bench: Bench) -> None:
     strategies = [f"single:{expert}" for expert in sorted({0, w.experts - 1})]
     strategies += [strategy for strategy in ("router", "best", "ensemble") if strategy != "router" or w.reference.router]
     texts = {}
-    for strategy in strategies:
-        decoder = _decoder(w, routing_strategy=strategy)
+    for strategy, temperature in itertools.product(strategies, (0.0, COLD)):
+        decoder = _decoder(w, routing_strategy=strategy, temperature=temperature)
         texts[strategy] = want = _reference_text(w, decoder, strategy)
-        (got,) = decoder.codegen(PROMPT, do_sample=False, num_samples=1)
-        assert_equal(got[: len(want)], want, what=f"text of {strategy}")
+        (got,) = decoder.codegen(PROMPT, do_sample=temperature > 0, num_samples=1)
+        assert_equal(got[: len(want)], want, what=f"text of {strategy} at temperature {temperature:g}")
     if w.experts > 1 and texts["single:0"] == texts[f"single:{w.experts - 1}"]:
         raise Void("the first and the last expert write the same text")
 

@@ -82,7 +82,7 @@ def check_directory_untouched(bench: Bench) -> None:
 
 
 def check_bad_weights_refused(bench: Bench) -> None:
-    """A copy with one defect, a NaN, a missing expert, a missing part of the router, a foreign tensor, is refused in one line.
+    """A copy with one defect, a NaN, a missing expert, a missing tensor, a foreign tensor, is refused in one line.
 
     Reason: a checkpoint that loads in part runs, and is scored, as another model.
     Tolerance: none.
@@ -93,8 +93,9 @@ def check_bad_weights_refused(bench: Bench) -> None:
     if layout not in ROUTER_FILES:
         raise NotApplicable(f"defects are planted in the layouts {', '.join(ROUTER_FILES)} only")
     defects = {"a NaN": _plant_nan, "a missing expert": _drop_expert, "a foreign tensor": _add_foreign_tensor}
+    defects["an expert without one of its tensors"] = _drop_expert_tensor
     if w.reference.router is not None and ROUTER_FILES[layout] is not None:
-        defects["a router without one of its tensors"] = _drop_router_tensor
+        defects |= {"a router without one of its tensors": _drop_router_tensor, "a NaN in its router": _plant_nan_in_router}
     for name, plant in defects.items():
         with tempfile.TemporaryDirectory(prefix="defect-") as directory:
             copy = Path(directory) / "checkpoint"
@@ -159,6 +160,17 @@ def _plant_nan(expert: Path, router: Path | None) -> None:
     tensors = load_file(expert)
     next(iter(tensors.values())).view(-1)[0] = float("nan")
     save_file(tensors, expert, metadata={"format": "pt"})
+
+
+def _plant_nan_in_router(expert: Path, router: Path) -> None:
+    _plant_nan(router, None)
+
+
+def _drop_expert_tensor(expert: Path, router: Path | None) -> None:
+    """The last layer's B: PEFT leaves what a second adapter lacks at random values."""
+    tensors = load_file(expert)
+    lost = [name for name in tensors if ".lora_B." in name][-1]
+    save_file({name: tensor for name, tensor in tensors.items() if name != lost}, expert, metadata={"format": "pt"})
 
 
 def _drop_expert(expert: Path, router: Path | None) -> None:

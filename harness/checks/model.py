@@ -310,6 +310,8 @@ def check_save_load_bitwise(bench: Bench) -> None:
     save(directory)
     again = w.load(directory)
     assert_bitwise(w.ask(again, routing_weights=w.dense), w.ask(w.model, routing_weights=w.dense), what="given weights")
+    last = w.experts - 1
+    assert_bitwise(w.ask(again, expert_id=last), w.ask(w.model, expert_id=last), what=f"expert_id={last}")
     if w.reference.router is not None:
         assert_bitwise(w.ask(again), w.subject_logits, what="routed logits")
         assert_bitwise(w.used_weights(again), _asked_weights(w), what="routing weights")

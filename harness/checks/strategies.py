@@ -8,7 +8,6 @@ P prompt tokens, E experts, V vocabulary.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
 from functools import partial
 
 import numpy as np
@@ -16,12 +15,12 @@ import torch
 from torch import Tensor
 
 from harness.bench import Bench
-from harness.compare import assert_equal, assert_same_tokens, assert_within
+from harness.compare import assert_equal, assert_within
 from harness.oracles import strategies
 from harness.outcome import NotApplicable, Void
-from harness.workings import Workings, workings
+from harness.texts import NEW_TOKENS, generating, greedily, next_logits, same_text
+from harness.workings import Workings
 
-NEW_TOKENS = 6
 SAMPLES = 1000
 FEW = 8  # experts; an ensemble of more costs as many passes for every token, so fewer prompts are asked
 FALSE_ALARM = 1e-6  # of the one statistical check, per run
@@ -34,13 +33,13 @@ def check_single_equals_stock_peft(bench: Bench) -> None:
     Reason: upstream's `single:2` ran expert 0, because generate() routed again.
     Tolerance: none but a near tie; both are given the same options.
     """
-    w = _generating(bench)
+    w = generating(bench)
     for expert in sorted({0, w.experts // 2, w.experts - 1}):
         peft = w.peft(expert)
         for prompt in bench.prompts[:2]:
-            want = peft.generate(input_ids=prompt[None], attention_mask=torch.ones_like(prompt)[None], **_greedy(w))
+            want = peft.generate(input_ids=prompt[None], attention_mask=torch.ones_like(prompt)[None], **greedily(w))
             got = _generate(w, prompt, strategy=f"single:{expert}")
-            _same_text(w, got, want[0, len(prompt) :].tolist(), prompt, lambda ids, e=expert: _single(w, ids, e))
+            same_text(w, got, want[0, len(prompt) :].tolist(), prompt, lambda ids, e=expert: _single(w, ids, e))
     _need_different_texts(w, bench.prompts[0])
 
 
@@ -50,14 +49,14 @@ def check_router_equals_recompute(bench: Bench) -> None:
     Reason: upstream chose one expert for the whole text from a mean over the prompt; a stale cache looks the same.
     Tolerance: none but a near tie, of logits or of the routing.
     """
-    w = _generating(bench, "router")
+    w = generating(bench, "router")
     w.need_router()
     for prompt in bench.prompts:
         want, _ = w.reference.greedy(prompt, NEW_TOKENS)
         got = _generate(w, prompt, strategy="router")
         whole = torch.cat([prompt.cpu(), torch.tensor(want)])[None]
         if not w.near_tie(whole, None).any():
-            _same_text(w, got, want, prompt, lambda ids: w.reference.logits(ids[None])[0, -1])
+            same_text(w, got, want, prompt, lambda ids: w.reference.logits(ids[None])[0, -1])
     routed = w.reference.greedy(bench.prompts[0], NEW_TOKENS)[0]
     if w.experts > 1 and all(routed == _text_of(w, bench.prompts[0], expert) for expert in range(w.experts)):
         raise Void("every expert alone writes what the router writes")
@@ -69,7 +68,7 @@ def check_best_is_lowest_prompt_loss(bench: Bench) -> None:
     Reason: taking the router's favourite, or a loss under the sum of experts, is not this.
     Tolerance: losses nearer than the bound on logits are a tie and the prompt is set aside; texts as above.
     """
-    w = _generating(bench, "best")
+    w = generating(bench, "best")
     chosen, decided = [], 0
     for prompt in bench.prompts:
         losses = w.reference.expert_losses(prompt)
@@ -91,10 +90,10 @@ def check_ensemble_equals_mixture(bench: Bench) -> None:
     Reason: averaging logits, or routing once more, gives other texts; upstream's `ensemble` was its router.
     Tolerance: none but a near tie of probabilities, within twice what the bound on logits can move one.
     """
-    w = _generating(bench, "ensemble")
+    w = generating(bench, "ensemble")
     for prompt in bench.prompts if w.experts <= FEW else bench.prompts[:1]:
         want, _ = w.reference.greedy(prompt, NEW_TOKENS, w.reference.ensemble_probabilities)
-        _same_text(w, _generate(w, prompt, strategy="ensemble"), want, prompt, w.reference.ensemble_probabilities)
+        same_text(w, _generate(w, prompt, strategy="ensemble"), want, prompt, w.reference.ensemble_probabilities)
     _need_different_texts(w, bench.prompts[0])
 
 
@@ -105,7 +104,7 @@ def check_ensemble_samples_mixture(bench: Bench) -> None:
     Tolerance: Hoeffding's bound on the shares of the likeliest tokens, over all of them, at a false-alarm rate of 1e-6;
     the smallest share that is surely detected is twice that, and is in the evidence.
     """
-    w = _generating(bench, "ensemble")
+    w = generating(bench, "ensemble")
     prompt = bench.prompts[3]
     torch.manual_seed(bench.seed)
     options = {"do_sample": True, "num_return_sequences": SAMPLES, "max_new_tokens": 1, "pad_token_id": 0}
@@ -125,11 +124,11 @@ def check_round_robin(bench: Bench) -> None:
     Reason: a resumed run that starts again at expert 0 gives some experts more samples than others, and another pass@k.
     Tolerance: none but a near tie.
     """
-    w = _generating(bench, "round_robin")
+    w = generating(bench, "round_robin")
     w.need_option(w.model.generate, "first_sample")
     for first in (0, w.experts + 1):
         ids, mask = bench.batch("left")
-        rows = w.model.generate(ids, mask, strategy="round_robin", first_sample=first, **_greedy(w))
+        rows = w.model.generate(ids, mask, strategy="round_robin", first_sample=first, **greedily(w))
         for row, prompt in enumerate(bench.prompts):
             expert = strategies.round_robin_expert(first + row, w.experts)
             _same_as_expert(w, rows[row, ids.shape[1] :].tolist(), prompt, expert)
@@ -142,7 +141,7 @@ def check_base_is_model_without_adapters(bench: Bench) -> None:
     Reason: against a base that keeps an adapter on, every gain looks smaller than it is.
     Tolerance: none but a near tie.
     """
-    w = _generating(bench, "base")
+    w = generating(bench, "base")
     same = 0
     for prompt in bench.prompts[:2]:
         want, _ = w.reference.greedy(prompt, NEW_TOKENS, partial(_base_logits, w))
@@ -150,7 +149,7 @@ def check_base_is_model_without_adapters(bench: Bench) -> None:
             got = _generate(w, prompt, strategy="base")
         except ValueError as error:
             raise NotApplicable("the subject has no strategy base") from error
-        _same_text(w, got, want, prompt, partial(_base_logits, w))
+        same_text(w, got, want, prompt, partial(_base_logits, w))
         same += want == _text_of(w, prompt, 0)
     if same == 2:
         raise Void("expert 0 writes what the base model writes")
@@ -167,14 +166,14 @@ def check_one_expert_all_agree(bench: Bench) -> None:
     Reason: the degenerate case in which all definitions meet (megablocks tests its mixture so).
     Tolerance: none but a near tie.
     """
-    w = _generating(bench)
+    w = generating(bench)
     router = w.permuted_router([0])
     model = w.load(w.variant(w.reference.experts[:1], router))
     prompt = bench.prompts[0]
     legal = ["single:0", *(name for name in ("best", "ensemble", "round_robin") if w.can(name))]
     legal += ["router"] if router is not None and router.sums_to_one else []
     for strategy in legal:
-        rows = model.generate(prompt[None], torch.ones_like(prompt)[None], strategy=strategy, **_greedy(w))
+        rows = model.generate(prompt[None], torch.ones_like(prompt)[None], strategy=strategy, **greedily(w))
         _same_as_expert(w, rows[0, len(prompt) :].tolist(), prompt, 0)
 
 
@@ -184,7 +183,7 @@ def check_illegal_strategies_refused(bench: Bench) -> None:
     Reason: a typing error that falls back to some default scores another model than the one asked for.
     Tolerance: none.
     """
-    w = _generating(bench)
+    w = generating(bench)
     prompt = bench.prompts[3]
     names = [name for name in ("single", "best", "ensemble", "round_robin", "router") if w.can(name)]
     names = names if w.reference.router else [name for name in names if name != "router"]
@@ -201,7 +200,7 @@ def check_batch_equals_rows(bench: Bench) -> None:
     Reason: EvalPlus scores depended on the batch size wherever padding reached the router or the positions.
     Tolerance: none but a near tie, of logits, of the routing or of the losses that `best` compares.
     """
-    w = _generating(bench)
+    w = generating(bench)
     strategies_here = ["router"] if w.reference.router and not w.sees_whole_batch else []
     strategies_here += ["best", "ensemble"] if w.experts <= FEW else ["best"]
     for strategy in filter(w.can, strategies_here):
@@ -211,7 +210,7 @@ def check_batch_equals_rows(bench: Bench) -> None:
 def _compare_batch(w: Workings, strategy: str) -> None:
     __tracebackhide__ = True
     ids, mask = w.bench.batch("left")
-    rows = w.model.generate(ids, mask, strategy=strategy, **_greedy(w))
+    rows = w.model.generate(ids, mask, strategy=strategy, **greedily(w))
     for row, prompt in enumerate(w.bench.prompts):
         want = _generate(w, prompt, strategy=strategy)
         losses = w.reference.expert_losses(prompt) if strategy == "best" else np.zeros(0)
@@ -220,13 +219,8 @@ def _compare_batch(w: Workings, strategy: str) -> None:
         if strategy == "router" and w.near_tie(torch.cat([prompt.cpu(), torch.tensor(want)])[None], None).any():
             continue
         expert = strategies.best_expert(losses) if strategy == "best" else None
-        score = w.reference.ensemble_probabilities if strategy == "ensemble" else partial(_next_logits, w, expert)
-        _same_text(w, rows[row, ids.shape[1] :].tolist(), want, prompt, score)
-
-
-def _next_logits(w: Workings, expert: int | None, ids: Tensor) -> np.ndarray:
-    """The reference's logits after a text, of one expert or, for None, of its router's choice."""
-    return w.reference.logits(ids[None], expert_id=expert)[0, -1]
+        score = w.reference.ensemble_probabilities if strategy == "ensemble" else partial(next_logits, w, expert)
+        same_text(w, rows[row, ids.shape[1] :].tolist(), want, prompt, score)
 
 
 def _tied(w: Workings, losses: np.ndarray) -> bool:
@@ -240,10 +234,10 @@ def check_beam_search_equals_stock_peft(bench: Bench) -> None:
     Reason: beams reorder the cache; a second cache that is not reordered with it belongs to other beams.
     Tolerance: none but a tie of the beams: the scores of the two texts may differ by the bound on logits per token.
     """
-    w = _generating(bench)
+    w = generating(bench)
     w.need_option(w.model.generate, "num_beams")
     expert, prompt = w.experts - 1, bench.prompts[1]
-    options = {**_greedy(w), "num_beams": 3}
+    options = {**greedily(w), "num_beams": 3}
     want = w.peft(expert).generate(input_ids=prompt[None], attention_mask=torch.ones_like(prompt)[None], **options)
     got = _generate(w, prompt, strategy=f"single:{expert}", num_beams=3)
     if got != want[0, len(prompt) :].tolist():
@@ -267,18 +261,6 @@ def _compare_routed_beams(w: Workings) -> None:
         assert_within(scores[0], scores[1], 2 * len(texts[0]) * w.bound, what=what)
 
 
-def _generating(bench: Bench, strategy: str = "single") -> Workings:
-    w = workings(bench)
-    w.need_experts()
-    w.need_method(w.model, "generate")
-    w.need_strategy(strategy)
-    return w
-
-
-def _greedy(w: Workings) -> dict[str, object]:
-    return {"do_sample": False, "max_new_tokens": NEW_TOKENS, "pad_token_id": 0}
-
-
 def _plain_sampling(w: Workings) -> dict[str, object]:
     """Switches off every warper of transformers; the naive loop has none to switch off."""
     try:
@@ -289,7 +271,7 @@ def _plain_sampling(w: Workings) -> dict[str, object]:
 
 
 def _generate(w: Workings, prompt: Tensor, **options: object) -> list[int]:
-    rows = w.model.generate(prompt[None], torch.ones_like(prompt)[None], **{**_greedy(w), **options})
+    rows = w.model.generate(prompt[None], torch.ones_like(prompt)[None], **{**greedily(w), **options})
     return rows[0, len(prompt) :].tolist()
 
 
@@ -300,29 +282,7 @@ def _single(w: Workings, ids: Tensor, expert: int) -> np.ndarray:
 def _same_as_expert(w: Workings, got: list[int], prompt: Tensor, expert: int) -> None:
     __tracebackhide__ = True
     want = _text_of(w, prompt, expert)
-    _same_text(w, got, want, prompt, lambda ids: _single(w, ids, expert))
-
-
-def _same_text(w: Workings, got: list[int], want: list[int], prompt: Tensor, score: Callable[[Tensor], np.ndarray]) -> None:
-    """`score` gives the reference's logits or probabilities after a text; it decides whether a first difference is a near tie."""
-    __tracebackhide__ = True
-    got, want = _until_end(w, got), _until_end(w, want)
-    step = next((t for t, pair in enumerate(zip(got, want, strict=False)) if pair[0] != pair[1]), None)
-    if step is None:
-        assert_equal(len(got), len(want), what=f"number of tokens after the prompt of {len(prompt)}")
-        return
-    scores = score(torch.cat([prompt.cpu(), torch.tensor(want[:step], dtype=torch.long)]))
-    rows = np.zeros((step + 1, len(scores)))
-    rows[step] = scores
-    assert_same_tokens(got, want, got_logits=rows, want_logits=rows, margin=2 * w.bound, what="text")
-
-
-def _until_end(w: Workings, tokens: list[int]) -> list[int]:
-    """Up to and including the first end-of-text token; what follows is padding."""
-    ends = w.model.config.eos_token_id
-    ends = set(ends if isinstance(ends, list) else [ends])
-    stop = next((index for index, token in enumerate(tokens) if token in ends), len(tokens))
-    return tokens[: stop + 1]
+    same_text(w, got, want, prompt, lambda ids: _single(w, ids, expert))
 
 
 def _need_different_texts(w: Workings, prompt: Tensor) -> None:
@@ -340,7 +300,7 @@ def _text_of(w: Workings, prompt: Tensor, expert: int) -> list[int]:
 
 def _refusal(w: Workings, prompt: Tensor, strategy: str) -> str:
     try:
-        w.model.generate(prompt[None], torch.ones_like(prompt)[None], strategy=strategy, **_greedy(w))
+        w.model.generate(prompt[None], torch.ones_like(prompt)[None], strategy=strategy, **greedily(w))
     except ValueError as error:
         return str(error)
     raise AssertionError(f"strategy {strategy!r} was accepted, but should raise ValueError")

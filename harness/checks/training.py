@@ -5,6 +5,9 @@ Rows have one length here, so that no padding takes part. B rows, S tokens, E ex
 
 from __future__ import annotations
 
+import copy
+from collections.abc import Sequence
+
 import numpy as np
 import torch
 import torch._dynamo
@@ -77,9 +80,53 @@ def check_gradients_reach_router_and_experts(bench: Bench) -> None:
         flat = name == "loss" or (w.experts == 1 and name.startswith("router"))  # softmax over one logit has no slope
         effect = None if flat else max(np.abs(of_kind).max() for of_kind in _alike(exact, name))
         assert_within(found[name], want, allowed[_kind(name)], effect=effect, what=name)
+    again = _loss_and_gradients(w, model, _ids(w).to(bench.device), exact, adding=True)
+    for name in exact.keys() - {"loss"}:
+        assert_within(again[name], 2 * exact[name], 2 * allowed[_kind(name)], what=f"{name}, after a second backward()")
     reached = [n for n, p in model.named_parameters() if p.grad is not None and _is_base(n)]
     if reached:
         raise AssertionError(f"the frozen base has gradients: {reached[:3]}")
+
+
+def check_changed_parameters_take_effect(bench: Bench) -> None:
+    """What an optimizer makes of the experts and of the router counts from the next pass on, training or not.
+
+    Reason: stacked, merged or cached copies of parameters go on computing what the model was before the step.
+    Tolerance: twice the naive loop's error; and changing the router must change the routing weights.
+    """
+    w = workings(bench)
+    w.need_experts()
+    if not all(hasattr(layer, "lora_B") for layer in w.need_method(w.model, "routed_layers")().values()):
+        raise NotApplicable("the subject's layers do not show their lora_B")
+    model, loop = w.load(), copy.deepcopy(w.naive)
+    w.ask(model, routing_weights=w.dense)
+    w.ask(model)  # so that whatever is kept between passes is there
+    for changed, names in ((model, w.expert_names(model)), (loop, loop.expert_names)):
+        _turn_experts(changed, names)
+    want = w.ask(loop, w.ids.cpu(), w.mask.cpu(), routing_weights=w.dense.cpu())
+    w.same_logits(w.ask(model, routing_weights=w.dense), want, "logits after every expert's B was changed", twice=True)
+    router = getattr(model, "router", None)
+    if w.experts > 1 and isinstance(router, nn.Module) and w.reference.router.trained:
+        _turn_router(w, model)
+
+
+@torch.no_grad()
+def _turn_experts(model: nn.Module, names: Sequence[str]) -> None:
+    for layer in model.routed_layers().values():
+        for name in names:
+            if name in layer.lora_B:
+                layer.lora_B[name].weight.mul_(-0.5)  # exact
+
+
+def _turn_router(w: Workings, model: nn.Module) -> None:
+    w.ask(model)
+    before = as_float64(w.used_weights(model))
+    with torch.no_grad():
+        for parameter in model.router.parameters():
+            parameter.mul_(-1)
+    w.ask(model)
+    if np.array_equal(as_float64(w.used_weights(model)), before):
+        raise AssertionError("every parameter of the router has changed its sign, and no routing weight is another")
 
 
 def check_gradient_checkpointing_equal(bench: Bench) -> None:
@@ -151,9 +198,11 @@ def _ids(w: Workings) -> Tensor:
 
 
 def _loss_and_gradients(
-    w: Workings, model: nn.Module, ids: Tensor, exact: dict[str, np.ndarray] | None = None
+    w: Workings, model: nn.Module, ids: Tensor, exact: dict[str, np.ndarray] | None = None, *, adding: bool = False
 ) -> dict[str, np.ndarray]:
     """Of one training step: the loss, and the gradients of the router and of the experts in the watched layers.
+
+    adding: to the gradients of the step before.
 
     The first two tokens are a prompt, without labels, as in any fine-tuning on answers. An expert that no token uses may have
     none where the exact gradient is 0.
@@ -162,7 +211,8 @@ def _loss_and_gradients(
     watched = _watched(w, model)
     for parameter in watched.values():
         parameter.requires_grad_()
-    model.zero_grad()
+    if not adding:
+        model.zero_grad()
     labels = ids.clone()
     labels[:, :2] = -100
     loss = model(ids, torch.ones_like(ids), labels=labels).loss
@@ -177,18 +227,24 @@ def _loss_and_gradients(
 
 
 def _watched(w: Workings, model: nn.Module) -> dict[str, nn.Parameter]:
-    """The router's parameters, and every expert's A and B in the first and the last layer of each kind."""
+    """The router's parameters, and every expert's A and B in the first, a middle and the last layer of each kind."""
     layers = w.need_method(model, "routed_layers")()
     watched = _router_parameters(w, model) if w.reference.router.trained else {}
-    first, last = (
-        {m.rpartition(".")[2]: m for m in names} for names in (w.reference.module_names[::-1], w.reference.module_names)
-    )
-    for module in dict.fromkeys((*first.values(), *last.values())):
+    for module in _some_modules(w.reference.module_names):
         for expert, name in enumerate(w.expert_names(model)):
             if name in layers[module].lora_A:
                 watched[f"{module} A of expert {expert}"] = layers[module].lora_A[name].weight
                 watched[f"{module} B of expert {expert}"] = layers[module].lora_B[name].weight
     return watched
+
+
+def _some_modules(names: Sequence[str]) -> list[str]:
+    """The first, the middle and the last of each kind, in order."""
+    kinds: dict[str, list[str]] = {}
+    for name in names:
+        kinds.setdefault(name.rpartition(".")[2], []).append(name)
+    some = {of_kind[place] for of_kind in kinds.values() for place in (0, len(of_kind) // 2, -1)}
+    return [name for name in names if name in some]
 
 
 def _router_parameters(w: Workings, model: nn.Module) -> dict[str, nn.Parameter]:
