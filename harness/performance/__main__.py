@@ -11,6 +11,7 @@ from pathlib import Path
 def main(argv: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="python -m harness.performance", description=__doc__)
     parser.add_argument("--quick", action="store_true", help="one small cell of each kind, about two minutes")
+    parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu", help="each has cells of its own (default cpu)")
     parser.add_argument("--only", nargs="+", metavar="GROUP", help="some groups of cells")
     parser.add_argument("--pairs", type=int, default=9, help="interleaved pairs per cell, at least 9 (default 9)")
     parser.add_argument("--threads", type=int, default=2, help="intra-op threads (default 2)")

@@ -37,11 +37,11 @@ class Cell:
     tags: dict[str, object] = field(default_factory=dict)
     note: str = ""
 
-    def measured(self, *, pairs: int, threads: int, seed: int = 0) -> Result:
+    def measured(self, *, pairs: int, threads: int, device: str = "cpu", seed: int = 0) -> Result:
         if self.count is not None:
             ratio = self.count()
             return Result(self, ratio, ratio, ratio, [])
-        timer = PairedTimer(self.ours, self.other, seed=seed, threads=threads)
+        timer = PairedTimer(self.ours, self.other, device=device, seed=seed, threads=threads)
         found = timer.more(max(pairs, FEWEST_PAIRS))
         return Result(self, found.ratio, found.low, found.high, timer.times)
 

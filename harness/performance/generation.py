@@ -21,6 +21,12 @@ TWO_PASS_GOAL = 1.5
 TWO_PASS_BOUND = 2.0  # where every guess is wrong
 WEAK, STRONG = 0.05, 16.0  # experts with which nearly every guess is right, and hardly any
 XLORA_GOAL = 15.0
+XLORA_SHAPES = (
+    Shape(512, features="base"),
+    Shape(1024, features="base"),
+    Shape(1024, experts=8, features="base"),
+    Shape(1024, "all-linear", 8, features="base"),
+)
 AT_ONCE_GOALS = {4: 0.5, 8: 0.4}
 
 
@@ -44,21 +50,22 @@ def _beside_base(group: str, shape: Shape, factor: float, quick: bool) -> Iterat
     with TemporaryDirectory() as directory:
         models, tokens = write_models(Path(directory), shape), NEW_TOKENS // 4 if quick else NEW_TOKENS
         limit = models.byte_limit()
-        _generate(models.routed, models, tokens)
+        generate(models.routed, models, tokens)
         guesses = models.routed.last_guesses
         yield Cell(
             group,
             f"{shape.label} {PROMPT}+{tokens}",
             factor * limit,
             limit,
-            ours=lambda: _generate(models.routed, models, tokens),
-            other=lambda: _generate(models.base, models, tokens),
+            ours=lambda: generate(models.routed, models, tokens),
+            other=lambda: generate(models.base, models, tokens),
             tags=shape.tags,
             note="" if guesses is None else f"{guesses[1]} of {guesses[0]} guesses right",
         )
 
 
-def _generate(model: nn.Module, models: Models, tokens: int, **options: object) -> torch.Tensor:
+def generate(model: nn.Module, models: Models, tokens: int, **options: object) -> torch.Tensor:
+    """Greedy, of one prompt; options: more of transformers' generate."""
     ids = models.ids(PROMPT)
     length = {"max_new_tokens": tokens, "min_new_tokens": tokens, "do_sample": False, "pad_token_id": 0}
     return model.generate(ids, attention_mask=torch.ones_like(ids), **length, **options)
@@ -66,17 +73,21 @@ def _generate(model: nn.Module, models: Models, tokens: int, **options: object) 
 
 def xlora(quick: bool) -> Iterator[Cell]:
     """generate of PEFT's X-LoRA / ours with the same weights. PEFT keeps no cache, so it grows with the length."""
-    shape = Shape(256 if quick else 512, features="base")
+    for shape in [Shape(256, features="base")] if quick else XLORA_SHAPES:
+        yield from beside_peft(shape, XLORA_GOAL, quick)
+
+
+def beside_peft(shape: Shape, goal: float, quick: bool) -> Iterator[Cell]:
     with TemporaryDirectory() as directory:
         models, tokens = write_xlora_models(Path(directory), shape), NEW_TOKENS // 4 if quick else NEW_TOKENS
-        peft = find_subject("peft-xlora").load(models.checkpoint)
+        peft = find_subject("peft-xlora").load(models.checkpoint).to(shape.device)
         yield Cell(
             "PEFT X-LoRA generate / ours",
             f"{shape.label} {PROMPT}+{tokens}",
-            XLORA_GOAL,
+            goal,
             at_least=True,
-            ours=lambda: _generate(peft, models, tokens),
-            other=lambda: _generate(models.routed, models, tokens),
+            ours=lambda: generate(peft, models, tokens),
+            other=lambda: generate(models.routed, models, tokens),
             tags=shape.tags,
         )
 
@@ -94,14 +105,14 @@ def _at_once(shape: Shape, goal: float, tokens: int) -> Iterator[Cell]:
 
         def one_by_one() -> None:
             for expert in range(shape.experts):
-                _generate(models.routed, models, tokens, strategy=f"single:{expert}")
+                generate(models.routed, models, tokens, strategy=f"single:{expert}")
 
         yield Cell(
             "experts at once / one by one",
             f"{shape.label} {PROMPT}+{tokens}",
             goal,
             1 / shape.experts,
-            ours=lambda: _generate(models.routed, models, tokens, strategy="ensemble"),
+            ours=lambda: generate(models.routed, models, tokens, strategy="ensemble"),
             other=one_by_one,
             tags=shape.tags,
         )

@@ -14,13 +14,14 @@ from harness.pictures import BLUE, GREY, RED, SETTINGS
 PICTURES = "performance"
 _HEAD = """# Performance
 
-What a routed pass costs beside the base pass and its peers. Every figure is the median ratio of interleaved pairs of CPU time in
-one run, with its 95 % bootstrap bounds; counted ratios have none. "Limit" is what the shapes demand, by counted operations (bytes
-for generation): base + 2 r (in + out) for each active expert and token, three times that for a training step; of memory beside
-the loop's, the base's own step, less than which no step takes. Measured by `tox -e bench`, between two tests of the
-clock that refuse a machine on which a product does not take as long as itself. `performance/performance.json` has every pair,
-in pytest-benchmark's format. The load average says how busy the machine was with other work: bounds widen with it, and small
-passes suffer most. Cells that the command knows and this page lacks have not been measured.
+What a routed pass costs beside the base pass and its peers. Every figure is the median ratio of interleaved pairs of CPU time
+(on a GPU of time between CUDA events) in one run, with its 95 % bootstrap bounds; counted ratios have none. "Limit" is what the
+shapes demand, by counted operations (bytes for generation): base + 2 r (in + out) for each active expert and token, three times
+that for a training step; of memory beside the loop's, the base's own step, less than which no step takes. Measured by `tox -e
+bench`, between two tests of the clock that refuse a machine on which a product does not take as long as itself.
+`performance/performance.json` has every pair, in pytest-benchmark's format. The load average says how busy the machine was with
+other work: bounds widen with it, and small passes suffer most. Cells that the command knows and this page lacks have not been
+measured.
 """
 
 
@@ -51,8 +52,9 @@ def _machine(document: Mapping) -> str:
     loads = [fact["load"] for fact in facts]
     commits = ", ".join(sorted({str(fact["commit"])[:10] for fact in facts}))
     versions = ", ".join(f"{name} {machine[name]}" for name in ("python", "torch", "transformers", "peft"))
+    device = "" if machine["device"] == "cpu" else f"{machine['device']}; "
     return (
-        f"Machine: {machine['processor']}, {machine['cores']} cores, {machine['system']}; {versions}; "
+        f"Machine: {device}{machine['processor']}, {machine['cores']} cores, {machine['system']}; {versions}; "
         f"{threads} intra-op threads; load average {min(loads):g} to {max(loads):g}; commits {commits}.\n"
     )
 

@@ -30,10 +30,16 @@ def read(directory: Path) -> dict:
 
 
 def keep(
-    directory: Path, results: Sequence[Result], *, clocks: tuple[PairedRatio, PairedRatio], threads: int, quick: bool
+    directory: Path,
+    results: Sequence[Result],
+    *,
+    clocks: tuple[PairedRatio, PairedRatio],
+    threads: int,
+    quick: bool,
+    device: str = "cpu",
 ) -> None:
     """Adds results to those of the same machine and versions; a cell that was measured again replaces its old self."""
-    machine = {**describe_machine("cpu"), **versions()}
+    machine = {**describe_machine(device), **versions()}
     old = read(directory) if path_in(directory).is_file() else {}
     kept = old.get("benchmarks", []) if old.get("machine_info") == machine else []
     commit = describe_commit(Path(__file__).resolve().parent)
@@ -41,6 +47,7 @@ def keep(
         "clock": [clock.ratio for clock in clocks],
         "threads": threads,
         "quick": quick,
+        "timer": "process_time" if device == "cpu" else "cuda_events",
         "load": round(os.getloadavg()[0], 2),
         "commit": commit["id"],
     }
@@ -79,7 +86,7 @@ def _benchmark(result: Result, facts: dict) -> dict:
             "note": cell.note,
             **facts,
         },
-        "options": {"timer": "process_time", "min_rounds": len(result.times)},
+        "options": {"timer": facts["timer"], "min_rounds": len(result.times)},
         "stats": _stats([ours for ours, _ in result.times]),
     }
 

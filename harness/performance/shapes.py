@@ -11,7 +11,7 @@ from pathlib import Path
 
 import torch
 from torch import Tensor, nn
-from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
+from transformers import AutoModelForCausalLM, GemmaConfig, LlamaConfig, PretrainedConfig
 
 from dylo_moe import load_checkpoint
 from harness.measure import counted_flops
@@ -22,12 +22,15 @@ RANK = 16
 VOCABULARY = 4096
 # Deep enough that the readout, which no expert touches, is a small share; shallow enough to be timed many times.
 LAYERS = {256: 2, 512: 6, 1024: 3, 2048: 2}
+CODEGEMMA = {"hidden_size": 2048, "num_hidden_layers": 18, "vocab_size": 256_000}
 
 
 @dataclass(frozen=True)
 class Shape:
     """top_k: experts per token; None for dense weights. targets: "attention" or "all-linear".
 
+    autocast_adapter_dtype: as in PEFT; False leaves the experts in `dtype`.
+    family: "llama", or "gemma", which with hidden=2048 has the shape of codegemma-2b.
     strength: factor on the experts, whose deltas have a quarter of the base's norm without it; with a small one the routed model
         predicts what the base does.
     """
@@ -40,6 +43,9 @@ class Shape:
     dtype: str = "float32"
     longest: int = 2048
     strength: float = 1.0
+    family: str = "llama"
+    device: str = "cpu"
+    autocast_adapter_dtype: bool = True
 
     @property
     def active(self) -> int:
@@ -49,7 +55,8 @@ class Shape:
     def label(self) -> str:
         weights = "dense" if self.top_k is None else f"top-{self.top_k}"
         kind = "" if self.dtype == "float32" else f", {self.dtype}"
-        return f"d={self.hidden} {self.targets} E={self.experts} {weights}{kind}"
+        family = "" if self.family == "llama" else f"{self.family} "
+        return f"{family}d={self.hidden} {self.targets} E={self.experts} {weights}{kind}"
 
     @property
     def tags(self) -> dict[str, object]:
@@ -66,11 +73,12 @@ class Models:
 
     @cached_property
     def base(self) -> nn.Module:
-        return AutoModelForCausalLM.from_pretrained(self.base_path, dtype=self.shape.dtype).eval()
+        return AutoModelForCausalLM.from_pretrained(self.base_path, dtype=self.shape.dtype).eval().to(self.shape.device)
 
     @cached_property
     def routed(self) -> nn.Module:
-        model = load_checkpoint(self.checkpoint, dtype=self.shape.dtype).eval()
+        options = {"device_map": self.shape.device, "autocast_adapter_dtype": self.shape.autocast_adapter_dtype}
+        model = load_checkpoint(self.checkpoint, dtype=self.shape.dtype, **options).eval()
         for layer in model.routed_layers().values():
             for expand in layer.lora_B.values():
                 expand.weight.data.mul_(self.shape.strength)
@@ -78,7 +86,7 @@ class Models:
 
     def ids(self, tokens: int, rows: int = 1) -> Tensor:
         generator = torch.Generator().manual_seed(tokens)
-        return torch.randint(2, VOCABULARY, (rows, tokens), generator=generator)
+        return torch.randint(2, VOCABULARY, (rows, tokens), generator=generator).to(self.shape.device)
 
     @cached_property
     def expert_weights(self) -> int:
@@ -95,8 +103,9 @@ class Models:
 
     def byte_limit(self) -> float:
         """Weights that a decoding step reads, with the active experts and without; a short cache is little."""
-        embeddings = self.base.get_input_embeddings().weight
-        base = sum(p.numel() for p in self.base.parameters()) - embeddings.numel()
+        base = sum(p.numel() for p in self.base.parameters())
+        if not self.base.config.tie_word_embeddings:
+            base -= self.base.get_input_embeddings().weight.numel()
         return (base + self.shape.active * self.expert_weights) / base
 
     def base_flops(self, tokens: int) -> int:
@@ -114,33 +123,56 @@ class Models:
 
 
 def write_models(directory: Path, shape: Shape) -> Models:
+    """A base that is there already, of the same shape, is taken."""
     base, top_k = _write_base(directory / "base", shape), shape.active
+    path = directory / f"moe-{shape.targets}-{shape.experts}-{shape.features}"
     options = {"targets": shape.targets, "ranks": (RANK,), "alphas": (2 * RANK,), "num_experts": shape.experts}
-    checkpoint = write_checkpoint(directory / "moe", base, features=shape.features, top_k=top_k, dtype=shape.dtype, **options)
-    return Models(shape, base, checkpoint)
+    return Models(shape, base, write_checkpoint(path, base, features=shape.features, top_k=top_k, dtype=shape.dtype, **options))
 
 
 def write_xlora_models(directory: Path, shape: Shape) -> Models:
     base = _write_base(directory / "base", shape)
     options = {"targets": shape.targets, "ranks": (RANK,), "alphas": (2 * RANK,), "num_experts": shape.experts}
-    return Models(shape, base, write_xlora_checkpoint(directory / "xlora", base, choices=XLoraChoices(), **options))
+    checkpoint = write_xlora_checkpoint(directory / "xlora", base, choices=XLoraChoices(), dtype=shape.dtype, **options)
+    return Models(shape, base, checkpoint)
 
 
 def _write_base(directory: Path, shape: Shape) -> Path:
-    config = LlamaConfig(
+    if not directory.exists():
+        config = _gemma(shape) if shape.family == "gemma" else _llama(shape)
+        with torch.random.fork_rng(devices=[]), torch.device(shape.device):
+            torch.manual_seed(0)
+            model = AutoModelForCausalLM.from_config(config, dtype=getattr(torch, shape.dtype))
+        model.save_pretrained(directory)
+    return directory
+
+
+def _llama(shape: Shape) -> PretrainedConfig:
+    return LlamaConfig(
         hidden_size=shape.hidden,
         intermediate_size=shape.hidden * 43 // 16,
         num_hidden_layers=LAYERS[shape.hidden],
         num_attention_heads=shape.hidden // 64,
         num_key_value_heads=shape.hidden // 64,
-        vocab_size=VOCABULARY,
-        max_position_embeddings=4 * shape.longest,
         tie_word_embeddings=False,
-        bos_token_id=None,
-        eos_token_id=None,
-        pad_token_id=0,
+        **_common(shape, VOCABULARY),
     )
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(0)
-        LlamaForCausalLM(config).to(getattr(torch, shape.dtype)).save_pretrained(directory)
-    return directory
+
+
+def _gemma(shape: Shape) -> PretrainedConfig:
+    is_whole = shape.hidden == CODEGEMMA["hidden_size"]
+    return GemmaConfig(
+        hidden_size=shape.hidden,
+        intermediate_size=8 * shape.hidden,
+        num_hidden_layers=CODEGEMMA["num_hidden_layers"] if is_whole else 2,
+        num_attention_heads=shape.hidden // 256,
+        num_key_value_heads=1,
+        head_dim=256,
+        **_common(shape, CODEGEMMA["vocab_size"] if is_whole else VOCABULARY),
+    )
+
+
+def _common(shape: Shape, vocabulary: int) -> dict[str, int | None]:
+    positions = 4 * shape.longest
+    tokens = {"bos_token_id": None, "eos_token_id": None, "pad_token_id": 0}
+    return {"vocab_size": vocabulary, "max_position_embeddings": positions, **tokens}

@@ -16,11 +16,11 @@ from dylo_moe.errors import ShapeMismatch
 from dylo_moe.formats import Expert
 
 
-def add_experts(base: PreTrainedModel, experts: tuple[Expert, ...]) -> PeftModel:
+def add_experts(base: PreTrainedModel, experts: tuple[Expert, ...], *, autocast_adapter_dtype: bool = True) -> PeftModel:
     """Wraps a base in place with one LoRA adapter per expert, every tensor set and none left at its start value.
 
     The LoraConfig is our own, from the validated fields: nothing that a file says about initialisation is run. Biases of
-    an expert's own have no place in a PeftModel; see replaced.add_biases.
+    an expert's own have no place in a PeftModel; see replaced.add_biases. autocast_adapter_dtype: as in PEFT's from_pretrained.
     """
     peft_model: PeftModel | None = None
     for expert in experts:
@@ -29,9 +29,9 @@ def add_experts(base: PreTrainedModel, experts: tuple[Expert, ...]) -> PeftModel
             # PEFT 0.21 reads a property that transformers 5.23 deprecates; no user of ours can do anything about it.
             warnings.filterwarnings("ignore", message="`is_gradient_checkpointing` is deprecated", category=FutureWarning)
             if peft_model is None:
-                peft_model = get_peft_model(base, config, adapter_name=expert.name)
+                peft_model = get_peft_model(base, config, expert.name, autocast_adapter_dtype=autocast_adapter_dtype)
             else:
-                peft_model.add_adapter(expert.name, config)
+                peft_model.add_adapter(expert.name, config, autocast_adapter_dtype=autocast_adapter_dtype)
         _set_weights(peft_model, expert)
     return peft_model
 

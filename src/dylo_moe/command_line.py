@@ -80,7 +80,7 @@ def add_decoding(group: argparse._ArgumentGroup) -> None:
         group.add_argument(f"--{name}", type=int)
     group.add_argument("--temperature", type=float)
     group.add_argument("--id-range", nargs="+", action=Range, metavar="NUMBER", help="tasks LOW to HIGH - 1")
-    for name in ("greedy", "resume", "force-base-prompt", "trust-remote-code"):
+    for name in ("greedy", "resume", "force-base-prompt", "trust-remote-code", "autocast-adapter-dtype"):
         add_flag(group, name)
     group.add_argument("--assume", action="append", metavar="NAME=VALUE", help=ASSUME)
     group.add_argument("--ray", metavar="ADDRESS", help="generate on a Ray cluster: HOST:PORT, ray://HOST:PORT, auto or local")

@@ -48,8 +48,8 @@ class PeftMoEDecoder(DecoderBase):
         routing_strategy: "router", "single:<i>", "best", "ensemble", "round_robin" or "base"; a merged one has "router" only.
         wandb_artifact: "entity/project/name:version", downloaded as by `download_artifact` and used as its directory.
         force_base_prompt: give the model the bare prompt although its tokenizer has a chat template.
-        attn_implementation, device_map, dtype, trust_remote_code: as in `load_checkpoint`; without a device_map the model
-            goes to the first CUDA device, where there is one.
+        attn_implementation, device_map, dtype, trust_remote_code, autocast_adapter_dtype: as in `load_checkpoint`; without a
+            device_map the model goes to the first CUDA device, where there is one.
         batch_size: rows that are generated together; it does not change what is written. None for 32, on a GPU 128.
         temperature: 0 for greedy decoding, above 0 for sampling.
         max_new_tokens: the longest completion, in tokens.
@@ -83,6 +83,7 @@ class PeftMoEDecoder(DecoderBase):
         seed: int = 0,
         model: nn.Module | None = None,
         assume: Mapping[str, Any] | None = None,
+        autocast_adapter_dtype: bool = True,
     ) -> None:
         _check_options(dataset, dtype, temperature=temperature, counts=(1 if batch_size is None else batch_size, max_new_tokens))
         # EvalPlus announces that it initialises a model, on stdout, which is for results; and perhaps this one is loaded already.
@@ -106,7 +107,7 @@ class PeftMoEDecoder(DecoderBase):
         if model is None:
             path = Path(adapter_or_artifact(adapter_path, wandb_artifact) or name)
             options = {"attn_implementation": attn_implementation, "trust_remote_code": trust_remote_code}
-            options |= assume or {}
+            options |= {"autocast_adapter_dtype": autocast_adapter_dtype, **(assume or {})}
             self.model = _load(path, base_model, dtype, device_map, options)
         checkpoint = self.model.checkpoint
         self.model_format = checkpoint.format

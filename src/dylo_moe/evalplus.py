@@ -52,6 +52,7 @@ def make_model(  # noqa: PLR0913  (EvalPlus's signature, and ours after it)
     seed: int = 0,
     device_map: Any = None,
     assume: Mapping[str, Any] | None = None,
+    autocast_adapter_dtype: bool = True,
 ) -> DecoderBase:
     """EvalPlus's `make_model`; with backend="peft_moe" a PeftMoEDecoder, which see for the options after the star.
 
@@ -78,6 +79,7 @@ def make_model(  # noqa: PLR0913  (EvalPlus's signature, and ours after it)
         "seed": seed,
         "device_map": device_map,
         "assume": assume,
+        "autocast_adapter_dtype": autocast_adapter_dtype,
     }
     if backend != BACKEND:
         from evalplus.provider import make_model as stock
@@ -118,6 +120,7 @@ def run_codegen(  # noqa: PLR0913  (EvalPlus's signature, and ours after it)
     seed: int = 0,
     device_map: Any = None,
     assume: Mapping[str, Any] | None = None,
+    autocast_adapter_dtype: bool = True,
     shard: str | None = None,
     ray: str | None = None,
 ) -> str:

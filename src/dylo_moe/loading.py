@@ -44,6 +44,7 @@ def load_checkpoint(  # noqa: PLR0913 - from_pretrained's own habit: one option 
     attn_implementation: str | None = None,
     trust_remote_code: bool = False,
     quantization_config: Any = None,
+    autocast_adapter_dtype: bool = True,
 ) -> DyLoRA_MoE | PreTrainedModel:
     """Loads a LoRA-MoE checkpoint of any known format, in evaluation mode; experts and router are trainable, the base is not.
 
@@ -51,13 +52,15 @@ def load_checkpoint(  # noqa: PLR0913 - from_pretrained's own habit: one option 
         path: the checkpoint's directory.
         base_model: a local directory, a hub id (the only way in which anything is fetched), or a loaded model, which is
             then wrapped in place; None takes what the checkpoint records.
-        dtype: of the base model, "auto" or None for the one it is stored in; experts and router keep theirs, except that
-            16-bit ones become float32, as in PEFT.
+        dtype: of the base model, "auto" or None for the one it is stored in; the router keeps its own, or takes
+            float32 for one of 16 bits.
         device_map: as in transformers' from_pretrained.
         lora_alpha, top_k, temperature, router_features, rng_seed, genknowsub, softmax_topk, mixlora_switch, adapters: for layouts
             whose files do not hold them, and to override; see read_checkpoint.
         expect_hash: refuse files whose hash is another.
         quantization_config: as in from_pretrained, a BitsAndBytesConfig for example; a base that is stored quantised needs none.
+        autocast_adapter_dtype: as in PEFT, experts on a base of 16 bits are float32. False gives them the base's dtype: half the
+            memory, and products that a GPU has units for.
 
     Returns:
         A DyLoRA_MoE; for a merged checkpoint, which has no experts, the plain transformers model. Its attribute
@@ -92,7 +95,7 @@ def load_checkpoint(  # noqa: PLR0913 - from_pretrained's own habit: one option 
         base.checkpoint = checkpoint
         return base.eval()
     checkpoint = _named_in_order(checkpoint)
-    peft_model = add_experts(base, checkpoint.adapters)
+    peft_model = add_experts(base, checkpoint.adapters, autocast_adapter_dtype=autocast_adapter_dtype)
     model = attach_router(peft_model, build_router(checkpoint, base), build_config(checkpoint))
     add_biases(model.causal_lm, {expert.name: expert.biases for expert in checkpoint.experts}, model.features)
     model.checkpoint = replace(checkpoint, warnings=(*checkpoint.warnings, *model.notes))

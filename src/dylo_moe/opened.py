@@ -15,7 +15,17 @@ from dylo_moe.formats.base import resolve_base
 from dylo_moe.identity import checkpoint_identity, local_directory
 
 # What decides which model is loaded, and how.
-_LOADING = ("name", "adapter_path", "base_model", "dtype", "device_map", "attn_implementation", "trust_remote_code", "assume")
+_LOADING = (
+    "name",
+    "adapter_path",
+    "base_model",
+    "dtype",
+    "device_map",
+    "attn_implementation",
+    "trust_remote_code",
+    "assume",
+    "autocast_adapter_dtype",
+)
 
 
 class Opened:

@@ -73,6 +73,7 @@ class Plain:
         self._shapes = list(map(_SHAPE, weights))
         self.signature: Signature = tuple((e, layer.scaling[name], len(a)) for (e, name), a in zip(experts, weights, strict=True))
         self.rank, self.dtype, self.device = sum(map(len, weights)), weights[0].dtype, weights[0].device
+        self.base_dtype = self._parts[0].weight.dtype
         self._width = self._expands[0]["weight"].shape[0]
         self.alone = Together({layer: self})
         self.together: Together | None = None  # with those that were last found to read the same
@@ -93,7 +94,8 @@ class Plain:
             return False
         weights = self.shrinks
         first = weights[0]
-        return first.dtype is self.dtype and list(map(_SHAPE, weights)) == self._shapes and first.device == self.device
+        is_same = first.dtype is self.dtype and parts[0].weight.dtype is self.base_dtype and first.device == self.device
+        return is_same and list(map(_SHAPE, weights)) == self._shapes
 
     def mixed(self, x: Tensor, spread: Spread) -> Tensor:
         """x: (B, S, in) -> (B, S, out)."""
@@ -103,10 +105,13 @@ class Plain:
         """hidden: A x times the factors, (T, R), or None where the grouped way costs less."""
         result = self._base_forward(x)
         if hidden is None:
-            return add_grouped(result, x, spread, self.sums)
-        if result.dtype is not self.dtype or not result.is_contiguous():  # under autocast, say
-            return add_dense(result, x, spread, self.sums)
+            return add_grouped(result, x.to(self.dtype), spread, self.sums)
+        is_cast = hidden.dtype is not self.dtype or result.dtype is not self.base_dtype  # under autocast, say
+        if is_cast or not result.is_contiguous():
+            return add_dense(result, x.to(self.dtype), spread, self.sums)
         expand = torch.cat(list(map(_WEIGHT, self._expands)), dim=1).t() if self.stack is None else self.stack[1]
+        if self.dtype is not self.base_dtype:
+            return (result + torch.mm(hidden, expand).view(result.shape)).to(result.dtype)
         result.view(-1, self._width).addmm_(hidden, expand)
         return result
 
@@ -125,6 +130,7 @@ class Together:
         stacks = [plain.stack[0] for plain in self._plains if plain.stack is not None]
         self._stack = None if len(stacks) < len(members) else (stacks[0] if len(stacks) == 1 else torch.cat(stacks)).t()
         first = self._plains[0]
+        self._dtype = first.dtype
         self._kind = first.kinds.number(self._signature, first.sums.kind, first.device)
 
     def hidden(self, x: Tensor, spread: Spread) -> Tensor | None:
@@ -134,7 +140,7 @@ class Together:
             factors = spread.plans[self._kind] = self._plan(spread)
         if factors is False:
             return None
-        hidden = torch.mm(x.flatten(0, 1), self._shrink if self._stack is None else self._stack)
+        hidden = torch.mm(x.flatten(0, 1).to(self._dtype), self._shrink if self._stack is None else self._stack)
         if hidden.dtype is not factors.dtype:
             return (hidden.unflatten(1, (self._repeats, -1)) * factors.unsqueeze(1)).to(hidden.dtype).flatten(1)
         if self._repeats == 1:
@@ -167,16 +173,19 @@ def fits(layer: LoraLinear) -> bool:
     base = layer._modules["base_layer"]
     if type(base) not in FRESH or base._forward_hooks or base._forward_pre_hooks or True in layer.lora_bias.values():
         return False
-    owners = list(map(_PARAMETERS, chain.from_iterable(map(dict.values, _parts(layer)))))
-    return all(map(contains, owners, repeat("weight"))) and owners[0]["weight"].dtype is base.weight.dtype
+    owners = map(_PARAMETERS, chain.from_iterable(map(dict.values, _parts(layer))))
+    return all(map(contains, owners, repeat("weight")))
 
 
 def may_join(plains: list[Plain | None]) -> bool:
     """Whether one product for all of these layers is quicker than one for each."""
     first = plains[0]
-    return all(
-        plain is not None and (plain.device, plain.dtype) == (first.device, first.dtype) and plain.rank < MANY for plain in plains
-    )
+    return all(plain is not None and _joins(plain, first) for plain in plains)
+
+
+def _joins(plain: Plain, first: Plain) -> bool:
+    is_alike = (plain.device, plain.dtype, plain.base_dtype) == (first.device, first.dtype, first.base_dtype)
+    return is_alike and plain.rank < MANY
 
 
 def _parts(layer: LoraLinear) -> tuple[dict[str, nn.Module], dict[str, nn.Module]]:

@@ -89,7 +89,7 @@ class RoutedLinear(LoraLinear):
                 spread.ahead = (None, {})
             return plain.finished(x, spread, hidden)
         plain = self._plain_now()
-        if plain is None or x.dtype is not plain.dtype or x.device != plain.device:
+        if plain is None or x.dtype is not plain.base_dtype or x.device != plain.device:
             return None
         if spread.tokens < FEW or not self.siblings or torch.compiler.is_compiling():
             return plain.mixed(x, spread)

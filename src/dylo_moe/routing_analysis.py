@@ -25,7 +25,7 @@ if TYPE_CHECKING:
 
 OUTPUT = "routing_analysis"
 NAME = "routing_analysis"
-_DECODER = ("base_model", "dtype", "device_map", "attn_implementation", "trust_remote_code", "assume")
+_DECODER = ("base_model", "dtype", "device_map", "attn_implementation", "trust_remote_code", "assume", "autocast_adapter_dtype")
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -40,7 +40,7 @@ def add_options(parser: argparse.ArgumentParser) -> None:
     model.add_argument("--wandb-artifact", help="entity/project/name:version to download")
     for name in ("dtype", "attn-implementation", "device-map"):
         model.add_argument(f"--{name}")
-    for name in ("trust-remote-code", "force-base-prompt"):
+    for name in ("trust-remote-code", "force-base-prompt", "autocast-adapter-dtype"):
         add_flag(model, name)
     add_reading(model)
     texts = parser.add_argument_group("texts (one of the first two)")

@@ -7,9 +7,10 @@ import sys
 from functools import partial
 
 import pytest
+import torch
 
 from harness.measure import PairedRatio
-from harness.performance import record
+from harness.performance import gpu, record
 from harness.performance.__main__ import main
 from harness.performance.cells import Cell, Result
 from harness.performance.page import write_page
@@ -91,6 +92,22 @@ def test_mistakes_are_one_line(arguments, tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
     assert main(arguments) == 1
     assert len(capsys.readouterr().err.splitlines()) == 1
+
+
+def test_cells_of_a_gpu_are_those_of_its_goals(tmp_path):
+    cells = {cell.group: cell for cell in gpu.prefill(True, "cpu")}
+    assert cells["prefill / base's"].goal == 1.12
+    assert cells["prefill / base's"].limit > 1
+    assert 0.9 < cells["peak bytes without adapters / base's"].measured(pairs=1, threads=1).ratio < 1.3
+    cells["prefill / base's"].ours()
+    cells["prefill / base's"].other()
+
+
+def test_a_gpu_that_is_not_there_is_one_line(tmp_path, capsys):
+    if torch.cuda.is_available():
+        pytest.skip("this machine has a CUDA device")
+    assert main(["--device", "cuda", "--output", str(tmp_path)]) == 1
+    assert "no CUDA device" in capsys.readouterr().err
 
 
 def test_limits_are_those_of_the_shapes(tmp_path):

@@ -91,6 +91,7 @@ OTHER = {
     "seed": 1,
     "device_map": "cpu",
     "assume": {"top_k": 1},
+    "autocast_adapter_dtype": False,
 }
 
 

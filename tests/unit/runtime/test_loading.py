@@ -9,6 +9,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from peft import PeftModel
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
 from dylo_moe import detect_model_format, load_checkpoint
@@ -116,6 +117,20 @@ def test_dtype_and_router_options_are_followed(base, tmp_path, ids):
         assert model(ids).logits.dtype == torch.bfloat16
     assert (model.last_routing_weights != 0).sum(-1).eq(3).all()
     assert (model.features, model.router.temperature) == ("embedding", 0.5)
+
+
+@pytest.mark.parametrize("autocast", [True, False])
+def test_adapter_dtype_on_a_base_of_16_bits_is_pefts(base, tmp_path, ids, autocast):
+    path = write_checkpoint(tmp_path / "moe", base, num_experts=NUM_EXPERTS, top_k=2)
+    model = load_checkpoint(path, dtype="bfloat16", autocast_adapter_dtype=autocast)
+    stock = PeftModel.from_pretrained(
+        AutoModelForCausalLM.from_pretrained(base, dtype="bfloat16"), path / "experts/expert_0", autocast_adapter_dtype=autocast
+    ).eval()
+    assert {p.dtype for name, p in model.named_parameters() if "lora_" in name} == {torch.float32 if autocast else torch.bfloat16}
+    with torch.no_grad():
+        assert torch.equal(model(ids, expert_id=0).logits, stock(ids).logits)
+        model(ids)
+    assert model.router.gate.weight.dtype == torch.float32
 
 
 def test_loading_emits_no_warning_of_peft_or_transformers(base, tmp_path):

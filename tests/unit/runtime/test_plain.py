@@ -124,7 +124,28 @@ def test_what_a_hook_of_the_base_keeps_is_not_written_into(model, ids):
     assert torch.equal(output, torch.nn.functional.linear(x, base.weight, base.bias))
 
 
-def test_experts_in_another_dtype_go_the_long_way(model, ids):
+@pytest.mark.parametrize("autocast", [True, False])
+def test_experts_on_a_base_of_16_bits_are_multiplied_together_in_their_own_dtype(specimens, ids, autocast):
+    path = specimens(features="embedding", top_k=4)
+    model = load_checkpoint(path, dtype="bfloat16", autocast_adapter_dtype=autocast).eval()
+    with Products() as products:
+        got = logits(model, ids)
+    stacked = sum(len(layer(model, "q_proj").lora_A[name].weight) for name in model.expert_names)
+    assert products.columns.count(3 * stacked) == model.causal_lm.config.num_hidden_layers
+    exact = logits(load_checkpoint(path, dtype="float64"), ids)
+    error, without = (found.double() - exact for found in (got, logits(model, ids, grad=True)))
+    assert error.abs().max() <= 1.5 * without.abs().max()  # both are the base's rounding
+
+
+def test_a_base_in_another_dtype_than_before_is_noticed(model, ids):
+    logits(model, ids)
+    for module in model.routed_layers().values():
+        module.base_layer.to(torch.float64)
+    model.causal_lm.to(torch.float64)
+    torch.testing.assert_close(logits(model, ids), logits(model, ids, grad=True), rtol=1e-9, atol=1e-9)
+
+
+def test_experts_of_one_layer_in_another_dtype_are_computed_in_it(model, ids):
     logits(model, ids)
     for name in model.expert_names:
         layer(model, "k_proj").lora_A[name].to(torch.float64)
