@@ -97,12 +97,15 @@ def foreseen_choice(config: GenerationConfig, options: dict[str, Any], *, sample
 
 
 def _drawn(warpers: LogitsProcessorList, logits: Tensor) -> Tensor:
-    """As transformers draws from logits (rows, vocabulary), with a copy of torch's generator."""
+    """As transformers draws from logits (rows, vocabulary), with a copy of torch's generator.
+
+    torch.multinomial written out (ATen, the case of one sample): itself it refuses what another pass may never compute, as NaN.
+    """
     device = logits.device
     state = torch.get_rng_state() if device.type == "cpu" else torch.get_device_module(device).get_rng_state(device)
     generator = torch.Generator(device).set_state(state)
     probabilities = torch.softmax(warpers(None, logits.float()), dim=-1)
-    return torch.multinomial(probabilities, 1, generator=generator)[:, 0]
+    return (probabilities / torch.empty_like(probabilities).exponential_(generator=generator)).argmax(dim=-1)
 
 
 def group_scores(scores: Tensor, group_size: int) -> Tensor:

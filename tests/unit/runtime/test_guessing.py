@@ -13,6 +13,7 @@ from dylo_moe.caches import halves
 from dylo_moe.guessing import Guesses
 from dylo_moe.pair_cost import PairCost
 from dylo_moe.paired_cache import can_pair
+from dylo_moe.sampling import foreseen_choice
 
 STEPS = 7
 GREEDY = {"max_new_tokens": 12, "min_new_tokens": 12, "do_sample": False, "pad_token_id": 0}
@@ -268,6 +269,14 @@ def test_draws_are_foreseen_and_their_random_numbers_left_alone(specimens, ids, 
         guesses, model.routing.pair_cost = model.routing.guesses, None
         assert guesses.made == guesses.right == 10
     assert all(map(torch.equal, *runs))
+
+
+def test_features_without_a_distribution_are_no_error_of_their_own(specimens, ids):
+    model = model_of(specimens)
+    foreseen = foreseen_choice(model.generation_config, {"temperature": 0.5}, samples=True)
+    state = torch.get_rng_state()
+    assert foreseen(torch.full((2, 7), float("nan"))).shape == (2,)
+    assert torch.equal(torch.get_rng_state(), state)
 
 
 def test_draws_with_unknown_warpers_are_those_of_two_passes(specimens, ids):
