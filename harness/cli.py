@@ -1,7 +1,8 @@
 """validate_moe_modifications: the command.
 
 Exit codes: 0 every required law passed; 1 a law or threshold failed; 2 the command line or a checkpoint is unusable, one line
-says why; 3 the judge itself failed; 4 nothing failed, but something required is void or inconclusive.
+says why; 3 the judge itself failed, or was ended before it had a verdict; 4 nothing failed, but something required is void or
+inconclusive.
 """
 
 from __future__ import annotations
@@ -17,6 +18,7 @@ from typing import TYPE_CHECKING
 
 from harness.catalogue import Law, explain, no_such_check, read_laws, select
 from harness.gate import Gate, load_gate
+from harness.guarded import guarded
 from harness.options import PROGRAM, baseline_file, output_files, parser, patterns, reproduction
 from harness.outcome import EXIT_JUDGE_FAILED, EXIT_PASSED, EXIT_UNUSABLE, Unusable
 
@@ -27,10 +29,15 @@ EXIT_INTERRUPTED = 130  # what a shell reports for a process ended by Ctrl-C
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Runs the command; returns its exit code."""
+    """Runs the command and returns its exit code; the command line itself, without `arguments`, in a process of its own."""
+    if arguments is None:
+        return guarded(lambda: _answered(sys.argv[1:]), PROGRAM)
+    return _answered(list(arguments))
+
+
+def _answered(command: list[str]) -> int:
     from dylo_moe.errors import DyloMoeError  # after argparse is imported, before torch: errors.py imports neither
 
-    command = list(sys.argv[1:] if arguments is None else arguments)
     options = None
     try:
         options = parser().parse_args(command)

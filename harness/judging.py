@@ -11,11 +11,12 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
-from harness import verdict
+from harness import outcome, verdict
 from harness.baseline import refuse_foreign, regressions
 from harness.calibration import calibrate
 from harness.docket import Docket, Settings, open_docket
-from harness.gate import VERDICTS, exit_code, problems
+from harness.gate import VERDICTS, Problem, exit_code, problems
+from harness.identity import checkpoint_hash
 from harness.machine import describe_commit, describe_machine, environment_key, versions
 from harness.measure import one_thread
 from harness.progress import Display
@@ -37,7 +38,8 @@ def judge(settings: Settings, display: Display) -> dict:
         with nullcontext() if any(exhibit.is_users for exhibit in settings.exhibits) else one_thread():
             # Specimens are so small that a second thread costs ten times what it saves on a shared machine.
             checkpoints = [_judge_one(settings, docket, display) for docket in dockets]
-    found = problems(settings.gate, checkpoints, calibration)
+        found = problems(settings.gate, checkpoints, calibration)
+        found += [changed for docket in dockets for changed in _changed(docket)]
     found += regressions(settings.gate, baseline, checkpoints) if baseline else []
     code = exit_code(found)
     return {
@@ -101,6 +103,15 @@ def _judge_one(settings: Settings, docket: Docket, display: Display) -> dict:
         result["required"] = settings.gate.rule(result["id"]).required
         result["reproduce"] = _reproduction(settings, docket, result["id"])
     return {**docket.facts, "checks": results, "drift": drift}
+
+
+def _changed(docket: Docket) -> list[Problem]:
+    """A checkpoint whose files are others than at the start: no law says which of the two was judged."""
+    now = checkpoint_hash(docket.bench.checkpoint)
+    if now == docket.facts["hash"]:
+        return []
+    message = f"files changed while they were judged: hash {docket.facts['hash']} at the start, {now} at the end; judge a copy"
+    return [Problem("undecided", docket.facts["name"], "verdict", outcome.VOID, message)]
 
 
 def _reproduction(settings: Settings, docket: Docket, check: str) -> str:

@@ -74,6 +74,13 @@ def is_subjects_fault(error: BaseException, subjects_classes: Iterable[type]) ->
     return any(_belongs(frame, packages) for frame in _frames(error.__traceback__))
 
 
+def is_raised_by_subject(error: BaseException, subjects_classes: Iterable[type]) -> bool:
+    """Whether the subject's own code raised it, and nothing that it had called."""
+    packages = {_package(kind.__module__) for kind in subjects_classes}
+    *_, innermost = _frames(error.__traceback__)
+    return _package(innermost.f_globals.get("__name__", "")) in packages
+
+
 def _frames(traceback: TracebackType | None) -> Iterable[FrameType]:
     while traceback is not None:
         yield traceback.tb_frame

@@ -13,6 +13,7 @@ from harness import compare, outcome
 from harness.bench import Bench
 
 MESSAGE_LIMIT = 2000
+EXCUSED = "the subject excused itself with the judge's NotApplicable; what it does not offer it should not have"
 
 
 class JudgePlugin:
@@ -31,6 +32,7 @@ class JudgePlugin:
         self._notify = notify
         self.results: list[dict] = []
         self.judge_failures: list[str] = []
+        self.interrupted = False
 
     @pytest.fixture(name="bench")
     def bench_fixture(self) -> Bench:
@@ -47,6 +49,9 @@ class JudgePlugin:
         if report.when != "call" and report.failed:
             self.judge_failures.append(f"{report.nodeid}: {report.longrepr}")
 
+    def pytest_keyboard_interrupt(self, excinfo: pytest.ExceptionInfo) -> None:
+        self.interrupted = type(excinfo.value) is KeyboardInterrupt  # and not pytest's own, of a file that cannot be collected
+
     def pytest_internalerror(self, excrepr: object) -> None:
         self.judge_failures.append(str(excrepr))
 
@@ -57,7 +62,7 @@ class JudgePlugin:
         with compare.recording() as comparisons:
             try:
                 yield
-            except Exception as raised:  # noqa: BLE001  (whatever a check raises is its outcome)
+            except (Exception, SystemExit) as raised:  # noqa: BLE001  (whatever a check raises is its outcome)
                 error = raised
         result = self._result(pyfuncitem, error, time.perf_counter() - start)
         result["evidence"] = {**compare.summary(comparisons), **self._bench.take_evidence()}
@@ -74,6 +79,8 @@ class JudgePlugin:
             "seconds": round(seconds, 4),
             "message": _message(error),
         }
+        if result["outcome"] == outcome.NOT_APPLICABLE and outcome.is_raised_by_subject(error, self._subjects_classes()):
+            result |= {"outcome": outcome.ERROR, "message": f"{EXCUSED}: {error}"}
         if result["outcome"] == outcome.ERROR and error is not None:
             result["blame"] = "subject" if outcome.is_subjects_fault(error, self._subjects_classes()) else "judge"
             result["traceback"] = "".join(traceback.format_exception(error))[-4000:]

@@ -34,6 +34,8 @@ def run_checks(bench: Bench, laws: Sequence[Law], notify: Callable[[dict], None]
             code = pytest.main([*_options(ini), *files], plugins=[plugin])
         finally:
             _forget(files)
+    if plugin.interrupted:  # pytest itself ends quietly at Ctrl-C
+        raise KeyboardInterrupt
     done = {result["id"]: result for result in plugin.results}
     silent = "; ".join(plugin.judge_failures) or f"pytest ended with code {int(code)} and no result of this check"
     results = []

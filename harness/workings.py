@@ -322,9 +322,12 @@ class Workings:
         if not self.can(strategy):
             raise NotApplicable(f"the subject has no strategy {strategy}")
 
-    def need_option(self, function: Callable, name: str) -> None:
+    def has_option(self, function: Callable, name: str) -> bool:
         parameters = inspect.signature(function).parameters
-        if name not in parameters and not any(p.kind is p.VAR_KEYWORD for p in parameters.values()):
+        return name in parameters or any(p.kind is p.VAR_KEYWORD for p in parameters.values())
+
+    def need_option(self, function: Callable, name: str) -> None:
+        if not self.has_option(function, name):
             raise NotApplicable(f"the subject's {getattr(function, '__name__', 'function')} has no option {name}")
 
     def used_weights(self, model: nn.Module) -> Tensor:

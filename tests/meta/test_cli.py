@@ -159,22 +159,40 @@ def test_subject_that_cannot_be_made_is_one_line(command, tmp_path, monkeypatch,
     assert "broken_subject:make" in unusable(command, "--subject", "broken_subject:make")
 
 
-EXITING = """
-import sys
-class Exiting:
-    name = "exiting"
+LEAVING = """
+import pathlib, sys
+from harness.outcome import NotApplicable
+class Leaving:
+    name, calls = "leaving", 0
     def load(self, checkpoint, **options):
-        sys.exit(0)
-make = Exiting
+        self.calls += 1
+        if self.calls > 1:  # not when it is loaded before judging
+            {how}
+        import torch
+        return torch.nn.Linear(1, 1)
+make = Leaving
 """
 
 
-def test_subject_that_exits_with_0_does_not_pass(command, tmp_path, monkeypatch):
+@pytest.mark.parametrize(
+    ("how", "code", "told"),
+    [
+        ("sys.exit(0)", 1, "SystemExit: 0"),
+        ("raise SystemExit", 1, "SystemExit"),
+        ("raise KeyboardInterrupt", 130, "interrupted, no verdict"),
+        ("raise NotApplicable('not mine')", 1, "excused itself"),
+        ("file = pathlib.Path(checkpoint) / 'note.txt'; file.write_text('changed')", 4, "changed while they were judged"),
+    ],
+)
+def test_subject_that_leaves_in_the_middle_does_not_pass(command, specimen, tmp_path, monkeypatch, how, code, told):
     monkeypatch.syspath_prepend(tmp_path)
-    (tmp_path / "exiting_subject.py").write_text(EXITING)
+    monkeypatch.delitem(sys.modules, "leaving_subject", raising=False)
+    (tmp_path / "leaving_subject.py").write_text(LEAVING.replace("{how}", how))
+    shutil.copytree(specimen, tmp_path / "copy")
     source = PASSING + "    bench.fresh_model()\n"
-    code, out, err = command(source, "--subject", "exiting_subject:make")
-    assert code not in (0, 2, 4), out + err
+    found, out, err = command(source, "--subject", "leaving_subject:make", checkpoint=tmp_path / "copy")
+    assert found == code, out + err
+    assert told in out + err
     assert "Traceback" not in out + err
 
 
