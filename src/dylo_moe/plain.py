@@ -180,12 +180,9 @@ def fits(layer: LoraLinear) -> bool:
 def may_join(plains: list[Plain | None]) -> bool:
     """Whether one product for all of these layers is quicker than one for each."""
     first = plains[0]
-    return all(plain is not None and _joins(plain, first) for plain in plains)
-
-
-def _joins(plain: Plain, first: Plain) -> bool:
-    is_alike = (plain.device, plain.dtype, plain.base_dtype) == (first.device, first.dtype, first.base_dtype)
-    return is_alike and plain.rank < MANY
+    return all(
+        plain is not None and (plain.device, plain.dtype) == (first.device, first.dtype) and plain.rank < MANY for plain in plains
+    )
 
 
 def _parts(layer: LoraLinear) -> tuple[dict[str, nn.Module], dict[str, nn.Module]]:

@@ -139,10 +139,27 @@ def test_experts_on_a_base_of_16_bits_are_multiplied_together_in_their_own_dtype
 
 def test_a_base_in_another_dtype_than_before_is_noticed(model, ids):
     logits(model, ids)
-    for module in model.routed_layers().values():
-        module.base_layer.to(torch.float64)
     model.causal_lm.to(torch.float64)
-    torch.testing.assert_close(logits(model, ids), logits(model, ids, grad=True), rtol=1e-9, atol=1e-9)
+    for module in model.routed_layers().values():
+        module.lora_A.float()
+        module.lora_B.float()
+    with Products() as products:
+        got = logits(model, ids)
+    torch.testing.assert_close(got, logits(model, ids, grad=True), **CLOSE)
+    stacked = sum(len(layer(model, "q_proj").lora_A[name].weight) for name in model.expert_names)
+    assert products.columns.count(3 * stacked) == model.causal_lm.config.num_hidden_layers  # and they go the short way again
+
+
+@pytest.mark.parametrize("autocast", [True, False])
+def test_one_of_many_experts_on_a_base_of_16_bits_is_multiplied_alone(specimens, ids, autocast):
+    path = specimens(features="embedding", top_k=1, num_experts=32, ranks=(64,), alphas=(64,))
+    model = load_checkpoint(path, dtype="bfloat16", autocast_adapter_dtype=autocast).eval()
+    with Products() as products:
+        got = logits(model, ids[:1, :1])
+    assert 32 * 64 not in products.columns
+    exact = logits(load_checkpoint(path, dtype="float64"), ids[:1, :1])
+    error, without = (found.double() - exact for found in (got, logits(model, ids[:1, :1], grad=True)))
+    assert error.abs().max() <= 1.5 * without.abs().max()
 
 
 def test_experts_of_one_layer_in_another_dtype_are_computed_in_it(model, ids):
