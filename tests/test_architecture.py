@@ -24,6 +24,7 @@ MAX_LINES = 400
 # Each file of the judged imports only those before it.
 JUDGED_ORDER = (
     "errors",
+    "memory",
     "formats",
     "quantised",
     "config",

@@ -11,6 +11,7 @@ import torch
 
 from dylo_moe.batch import Batch, Request, Setting, Text
 from dylo_moe.errors import OutOfMemory
+from dylo_moe.memory import is_out_of_memory
 from dylo_moe.routing import ADAPTERS_OFF
 
 DEFAULT_ROWS = {"cpu": 32, "cuda": 128}
@@ -21,7 +22,6 @@ STEPS_BETWEEN_LOOKS = 4
 SMALL = 8  # rows
 # Finished rows leave together, when they are this share of the batch: each leaving copies the cache.
 LEAVING_SHARE = 1 / 8
-_EXHAUSTED = ("DefaultCPUAllocator", "not enough memory", "out of memory", "std::bad_alloc", "Cannot allocate memory")
 
 
 def complete(setting: Setting, requests: Sequence[Request], rows: int, tick: Callable[[int], None]) -> Iterator[Text]:
@@ -138,12 +138,6 @@ def _without(batch: Batch, queue: Queue) -> Batch | None:
     if batch.rows - _rows(queue.current) >= LEAVING_SHARE * batch.rows:
         batch.shrink()
     return batch
-
-
-def is_out_of_memory(error: BaseException) -> bool:
-    """Whether memory could not be had: torch says so on a GPU, its allocator in the text of a RuntimeError on a CPU."""
-    known = isinstance(error, MemoryError | torch.OutOfMemoryError)
-    return known or (isinstance(error, RuntimeError) and any(text in str(error) for text in _EXHAUSTED))
 
 
 def free_memory() -> None:

@@ -7,17 +7,20 @@ Options may be written with hyphens or underscores (`--n-samples`, `--n_samples`
 from __future__ import annotations
 
 import argparse
+import os
 import re
 import sys
 from collections.abc import Callable, Sequence
 from typing import Any, NoReturn
 
-from dylo_moe.errors import DyloMoeError
+from dylo_moe.errors import DyloMoeError, one_line
+from dylo_moe.memory import is_out_of_memory
 
 DATASETS = ("humaneval", "mbpp")
 SANDBOXES = ("auto", "bwrap", "none")  # as in scoring
 USER_MISTAKE = 2
-INTERRUPTED = 130
+INTERRUPTED, NO_READER = 130, 141  # as a shell counts SIGINT and SIGPIPE
+_SHORT = 300
 ASSUME = "what the checkpoint's files do not record: an option of read_checkpoint, as top_k=2 or rng_seed=42; repeatable"
 
 
@@ -41,12 +44,30 @@ def run_command(parser: argparse.ArgumentParser, argv: Sequence[str] | None, act
             from dylo_moe.formats.options import parse_assumptions
 
             options["assume"] = parse_assumptions(options["assume"])
-        return action(options)
+        code = action(options)
+        sys.stdout.flush()  # here, where somebody listens to its errors
+        return code
+    except BrokenPipeError:  # nobody reads any more, as with `| head`
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return NO_READER
     except (DyloMoeError, OSError) as error:
-        print(f"{parser.prog}: {' '.join(str(error).split())}", file=sys.stderr)
+        print(f"{parser.prog}: {one_line(_said(error))}", file=sys.stderr)
+        return USER_MISTAKE
+    except (RuntimeError, MemoryError) as error:
+        if not is_out_of_memory(error):
+            raise
+        said = one_line(str(error) or "there is none left", _SHORT)
+        print(f"{parser.prog}: not enough memory: {said}; free some, then run the same command again", file=sys.stderr)
         return USER_MISTAKE
     except KeyboardInterrupt:
         return INTERRUPTED
+
+
+def _said(error: Exception) -> str:
+    """The system's errors as ours are, without their number: "FILE: No such file or directory"."""
+    if isinstance(error, OSError) and not isinstance(error, DyloMoeError) and error.filename and error.strerror:
+        return f"{error.filename}: {error.strerror}"
+    return str(error)
 
 
 def add_flag(group: argparse._ArgumentGroup, name: str, text: str | None = None) -> None:

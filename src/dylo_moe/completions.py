@@ -8,7 +8,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from dylo_moe.batching import free_memory, is_out_of_memory
+from dylo_moe.batching import free_memory
+from dylo_moe.memory import is_out_of_memory
 from dylo_moe.model import DyLoRA_MoE
 from dylo_moe.routing import ADAPTERS_OFF, Off
 from dylo_moe.strategies import Strategy, prompt_losses

@@ -11,6 +11,7 @@ from typing import Any
 from dylo_moe.cluster import Slots, connected
 from dylo_moe.cluster_worker import ShardWorker
 from dylo_moe.errors import ClusterError, DyloMoeError
+from dylo_moe.memory import is_out_of_memory
 
 ASK_SECONDS = 5.0
 
@@ -89,10 +90,10 @@ class Crew:
         try:
             return self._ray.get(answer)
         except errors.RayTaskError as error:
-            if isinstance(error.cause, DyloMoeError | OSError):
+            if isinstance(error.cause, DyloMoeError | OSError) or is_out_of_memory(error.cause):
                 raise ClusterError(f"{member.host or 'a worker'}: {error.cause}") from None
             raise
-        except (errors.RayActorError, errors.RaySystemError) as error:
+        except errors.RayError as error:  # also that Ray killed it because its machine ran out of memory
             return Death(str(error))
 
     def dismiss(self, member: Member) -> None:

@@ -28,12 +28,14 @@ DyloMoeError
 ├── OutOfMemory                         one completion alone needs more memory than there is
 ├── ArtifactError                       a W&B artifact cannot be downloaded, or is not what its manifest says
 ├── ClusterError                        a Ray cluster cannot be used, or a machine of it cannot do its part
-├── ScoringError                        the process that runs generated code cannot do its work
+├── ScoringError                        a process that cleans or runs generated code cannot do its work
+├── OutputError (OSError)               a file cannot be written: no room, no permission
 └── SampleFileError (ValueError)        an existing sample or result file belongs to another run, or is damaged
 """
 
 from __future__ import annotations
 
+import errno
 from pathlib import Path
 
 
@@ -191,7 +193,20 @@ class ClusterError(DyloMoeError):
 
 
 class ScoringError(DyloMoeError):
-    """The process that runs generated code, or the canonical solutions, cannot do its work."""
+    """A process that sanitizes or runs generated code, or canonical solutions, cannot do its work."""
+
+
+class OutputError(DyloMoeError, OSError):
+    """A file or directory cannot be written; what was there is as it was. The message is one line: which, why, what to do."""
+
+    def __init__(self, path: str | Path, cause: OSError) -> None:
+        self.path, self.cause = Path(path), cause
+        no_room = cause.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
+        advice = "make room" if no_room else "see that you can write there, or name another directory"
+        super().__init__(one_line(f"{path}: {cause.strerror or cause}; {advice}, then run the same command again"))
+
+    def __reduce__(self) -> tuple:
+        return type(self), (str(self.path), self.cause)
 
 
 class SampleFileError(DyloMoeError, ValueError):

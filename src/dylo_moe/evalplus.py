@@ -7,7 +7,8 @@ from __future__ import annotations
 
 import inspect
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -21,6 +22,7 @@ if TYPE_CHECKING:
     from dylo_moe.scoring import Limits
 
 BACKEND = "peft_moe"
+STOCK_BACKENDS = ("vllm", "hf", "openai", "anthropic", "google")  # of EvalPlus 0.3.1, which makes None of any other name
 _NOT_DECODER = ("routing_strategy", "shard", "ray")  # options of ours that PeftMoEDecoder does not take as they are
 # EvalPlus 0.3.1, codegen.py: its sentences around a task in a chat prompt.
 INSTRUCTION_PREFIX = "Please provide a self-contained Python script that solves the following problem in a markdown code block:"
@@ -85,7 +87,8 @@ def make_model(  # noqa: PLR0913  (EvalPlus's signature, and ours after it)
         from evalplus.provider import make_model as stock
 
         _refuse_ours(make_model, ours, backend)
-        return stock(model=model, backend=backend, tp=tp, base_url=base_url, **shared)
+        with _installed(backend):
+            return stock(model=model, backend=backend, tp=tp, base_url=base_url, **shared)
     from dylo_moe.decoder import PeftMoEDecoder
 
     return PeftMoEDecoder(model, **shared, **ours)
@@ -142,9 +145,11 @@ def run_codegen(  # noqa: PLR0913  (EvalPlus's signature, and ours after it)
     if backend != BACKEND:
         from evalplus.codegen import run_codegen as stock
 
+        _check_backend(backend)
         ours = {name: given.pop(name) for name in _own_options(run_codegen)}
         _refuse_ours(run_codegen, ours, backend)
-        return stock(**given)
+        with _installed(backend):
+            return stock(**given)
     from dylo_moe.spreading import generate_samples
 
     generation = plan_generation(given, (routing_strategy,))
@@ -308,16 +313,34 @@ def _generate(dataset: str, version: str, model_options: dict[str, Any]) -> str:
 def _stock_evaluate(min_time_limit: float | None, **options: Any) -> None:
     from evalplus.evaluate import evaluate as stock
 
+    backend = options.get("backend", "vllm")  # EvalPlus's own where none is given
+    _check_backend(backend)
     ours = {name: options[name] for name in _own_options(run_codegen) if name in options}
     if ours:
-        raise OptionError(f"{', '.join(ours)}: options of the backend {BACKEND}, but the backend is {options.get('backend')}")
-    return stock(**options, **({} if min_time_limit is None else {"min_time_limit": min_time_limit}))
+        raise OptionError(f"{', '.join(ours)}: options of the backend {BACKEND}, but the backend is {backend}")
+    with _installed(backend):
+        return stock(**options, **({} if min_time_limit is None else {"min_time_limit": min_time_limit}))
 
 
 def _own_options(function: Any) -> dict[str, Any]:
     """The options that EvalPlus does not have, which are those after the star, with their defaults."""
     parameters = inspect.signature(function).parameters.values()
     return {p.name: p.default for p in parameters if p.kind is inspect.Parameter.KEYWORD_ONLY}
+
+
+@contextmanager
+def _installed(backend: str) -> Iterator[None]:
+    """Around a call of EvalPlus's, for a backend that needs a package which is not here. Raises OptionError."""
+    try:
+        yield
+    except ModuleNotFoundError as error:
+        raise OptionError(f"backend {backend}: {error}; install it, or use {BACKEND}") from error
+
+
+def _check_backend(backend: Any) -> None:
+    """Raises OptionError where neither EvalPlus nor we have it."""
+    if backend not in (BACKEND, *STOCK_BACKENDS):
+        raise OptionError(f"backend {backend!r}, but should be one of {', '.join((BACKEND, *STOCK_BACKENDS))}")
 
 
 def _refuse_ours(function: Any, given: dict[str, Any], backend: str) -> None:

@@ -8,7 +8,6 @@ from pathlib import Path
 from typing import Any
 
 from dylo_moe.atomic import write_atomically
-from dylo_moe.errors import SampleFileError
 from dylo_moe.results import binding, read_samples, result_path, stored, summarise
 from dylo_moe.scoring import Limits, Scorer
 from dylo_moe.tasks import TaskSet
@@ -38,6 +37,7 @@ def score_files(
 
     Raises:
         SampleFileError, TaskSetError: samples cannot be read, or a task has none. ScoringError: as `Scorer.calibrate`.
+        OutputError: a result cannot be written.
     """
     samples = {name: read_samples(path, task_set, list(task_ids)) for name, path in files.items()}
     bound = {name: binding(task_set, found, limits, sandbox=sandbox) for name, found in samples.items()}
@@ -50,12 +50,5 @@ def score_files(
             for name in wanted:
                 scores = scorer.score(samples[name])
                 results[name] = summarise(task_set, scores, limits, bound[name], sandbox=scorer.sandbox)
-                _write(result_path(files[name]), results[name])
+                write_atomically(result_path(files[name]), json.dumps(results[name]).encode())
     return {name: results[name] for name in files}
-
-
-def _write(place: Path, result: dict[str, Any]) -> None:
-    try:
-        write_atomically(place, json.dumps(result).encode())
-    except OSError as error:
-        raise SampleFileError(f"{place}: {error.strerror}") from None

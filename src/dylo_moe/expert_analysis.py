@@ -118,20 +118,17 @@ def run_analysis(plan: BenchmarkPlan, categories: str | Path | None = None, trac
 
 
 def write_reports(document: Mapping[str, Any], directory: str | Path) -> list[Path]:
-    """Writes the JSON, the pictures and the page, each whole or not at all, and returns their paths."""
-    from dylo_moe.atomic import write_atomically
+    """Writes the JSON, the pictures and the page, all or none, and returns their paths. Raises OutputError."""
+    from dylo_moe.atomic import write_together
     from dylo_moe.expertise.report import build_page
-    from dylo_moe.pages import save_png
+    from dylo_moe.pages import png
 
     directory = Path(directory)
-    directory.mkdir(parents=True, exist_ok=True)
-    figures = draw(document)
-    paths = [directory / f"{NAME}.json", *(directory / f"{name}.png" for name in figures), directory / f"{NAME}.html"]
-    write_atomically(paths[0], as_json(document))
-    for path, figure in zip(paths[1:-1], figures.values(), strict=True):
-        save_png(figure, path)
-    build_page(document).write(paths[-1])
-    return paths
+    pictures = {directory / f"{name}.png": png(figure) for name, figure in draw(document).items()}
+    page = {directory / f"{NAME}.html": build_page(document).data()}
+    files = {directory / f"{NAME}.json": as_json(document), **pictures, **page}
+    write_together(files)
+    return list(files)
 
 
 def draw(document: Mapping[str, Any]) -> dict[str, Figure]:

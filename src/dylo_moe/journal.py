@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from dylo_moe.errors import OptionError, SampleFileError
-from dylo_moe.journal_lines import checked_line, whole_lines
+from dylo_moe.journal_lines import START_ANEW, checked_line, whole_lines
 
 
 @dataclass(frozen=True)
@@ -125,7 +125,7 @@ def read_journal(path: Path) -> tuple[Content | None, int]:
     except (TypeError, KeyError, ValueError) as error:
         if isinstance(error, SampleFileError):
             raise
-        raise SampleFileError(f"{path}: written by another version; move it away, or use resume=False") from None
+        raise SampleFileError(f"{path}: written by another version; {START_ANEW}") from None
     return content, good
 
 

@@ -10,6 +10,7 @@ from typing import Any
 from dylo_moe.errors import SampleFileError
 
 _CHECKSUM_LENGTH = 16
+START_ANEW = "move it away, or generate it anew with --resume=False (resume=False in Python)"
 
 
 def checked_line(payload: dict[str, Any]) -> bytes:
@@ -34,7 +35,7 @@ def whole_lines(content: bytes, path: Path) -> tuple[list[dict[str, Any]], int]:
         if not (line.endswith(b"\n") and checksum == _checksum(text)):
             broken = True
         elif broken:
-            raise SampleFileError(f"{path}: damaged after {len(payloads)} lines; move it away, or use resume=False")
+            raise SampleFileError(f"{path}: damaged after {len(payloads)} lines; {START_ANEW}")
         else:
             payloads.append(json.loads(text))
             good += len(line)

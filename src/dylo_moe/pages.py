@@ -13,8 +13,6 @@ from typing import TYPE_CHECKING
 from jinja2 import Environment, FileSystemLoader, StrictUndefined
 from markupsafe import Markup, escape
 
-from dylo_moe.atomic import write_atomically
-
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
@@ -98,12 +96,9 @@ class Page:
         template = environment.get_template("page.html")
         return template.render(title=self.title, css=Markup(css), parts=self._parts, version=version)
 
-    def write(self, path: str | Path) -> None:
-        """Replaces `path` by this page, or leaves what was there; never half of it. Missing directories are made."""
-        path = Path(path)
-        path.parent.mkdir(parents=True, exist_ok=True)
-        # Half of a character pair, as broken model output may hold, has no place in UTF-8: shown as \udc80.
-        write_atomically(path, self.html().encode("utf-8", "backslashreplace"))
+    def data(self) -> bytes:
+        """The whole file. Half of a character pair, as broken model output may hold, has no place in UTF-8: shown as \\udc80."""
+        return self.html().encode("utf-8", "backslashreplace")
 
     def _add(self, html: str, *values: object) -> None:
         self._parts.append(Markup(html).format(*values))
@@ -120,12 +115,6 @@ def png(figure: Figure) -> bytes:
     buffer = io.BytesIO()
     figure.savefig(buffer, format="png", dpi=DOTS_PER_INCH, metadata={"Software": None})
     return buffer.getvalue()
-
-
-def save_png(figure: Figure, path: str | Path) -> None:
-    """Writes a figure as a PNG file: the whole of it or nothing. Missing directories are made."""
-    Path(path).parent.mkdir(parents=True, exist_ok=True)
-    write_atomically(Path(path), png(figure))
 
 
 def _joined(html: str, rows: Iterable[Sequence[object]]) -> Markup:

@@ -27,6 +27,7 @@ class Recorder:
         self._pending: deque[Future[None]] = deque()
 
     def __enter__(self) -> Recorder:
+        self._pending.append(self._thread.submit(self._sanitizer.start))
         return self
 
     def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
@@ -39,7 +40,7 @@ class Recorder:
         """Returns at once. raw: the sample; its solution is what is to be sanitized.
 
         Raises:
-            SampleFileError: an earlier sample could not be recorded.
+            SampleFileError, ScoringError: an earlier sample could not be recorded.
         """
         self._raise_failures()
         self._pending.append(self._thread.submit(self._record, journal, raw, entry_point))

@@ -109,22 +109,20 @@ def analyse_checkpoint(options: Mapping[str, Any], progress: Console | None = No
 
 
 def write(analysis: Analysis, directory: str | Path) -> list[Path]:
-    """Writes the JSON, the pictures and the page, each whole or not at all, and returns their paths."""
+    """Writes the JSON, the pictures and the page, all or none, and returns their paths. Raises OutputError."""
     from pathlib import Path
 
-    from dylo_moe.atomic import write_atomically
-    from dylo_moe.pages import save_png
+    from dylo_moe.atomic import write_together
+    from dylo_moe.pages import png
     from dylo_moe.routes.report import build_page
 
     directory = Path(directory)
-    directory.mkdir(parents=True, exist_ok=True)
     figures = draw(analysis.document)
-    paths = [directory / f"{NAME}.json", *(directory / f"{name}.png" for name in figures), directory / f"{NAME}.html"]
-    write_atomically(paths[0], as_json(analysis.document))
-    for path, figure in zip(paths[1:-1], figures.values(), strict=True):
-        save_png(figure, path)
-    build_page(analysis.document, figures, analysis.shown).write(paths[-1])
-    return paths
+    pictures = {directory / f"{name}.png": png(figure) for name, figure in figures.items()}
+    page = {directory / f"{NAME}.html": build_page(analysis.document, figures, analysis.shown).data()}
+    files = {directory / f"{NAME}.json": as_json(analysis.document), **pictures, **page}
+    write_together(files)
+    return list(files)
 
 
 def draw(document: Mapping[str, Any]) -> dict[str, Figure]:

@@ -23,11 +23,11 @@ from typing import Any
 
 from filelock import FileLock, Timeout
 
-from dylo_moe.atomic import flush_to_disk, remove_leftovers, write_atomically
-from dylo_moe.errors import SampleFileError
+from dylo_moe.atomic import flush_to_disk, make_directory, remove_leftovers, write_atomically, write_together
+from dylo_moe.errors import OutputError, SampleFileError
 from dylo_moe.identity import identity_hash
 from dylo_moe.journal import Content, Plan, Record, plan_line, read_journal, shard_name
-from dylo_moe.journal_lines import checked_line, whole_lines
+from dylo_moe.journal_lines import START_ANEW, checked_line, whole_lines
 
 _LABEL_LENGTH = 80
 
@@ -51,7 +51,7 @@ class SampleJournal:
 
     Raises:
         SampleFileError: another process is writing; another identity; damage anywhere but at the end.
-        OSError: the directory cannot be written.
+        OutputError: the directory cannot be written.
     """
 
     def __init__(
@@ -73,13 +73,15 @@ class SampleJournal:
         self._lock = FileLock(directory / f"{name}.lock")
 
     def __enter__(self) -> SampleJournal:
-        self.path.parent.mkdir(parents=True, exist_ok=True)
+        make_directory(self.path.parent)
         try:
             self._lock.acquire(timeout=0)
         except Timeout:
             raise SampleFileError(f"{self.path}: another process is writing these samples; wait for it to end") from None
         except NotImplementedError:
             raise SampleFileError(f"{self.path.parent}: a file system without locks; use one that has them") from None
+        except OSError as error:
+            raise OutputError(self._lock.lock_file, error) from error
         try:
             for path in (self.path, self.jsonl, self.raw_jsonl, self.manifest):
                 remove_leftovers(path)
@@ -158,7 +160,7 @@ class SampleJournal:
 
         Raises:
             SampleFileError: a chosen task lacks samples.
-            OSError: a file cannot be written; the files before are whole, this one is as it was.
+            OutputError: a file cannot be written; all are as they were.
         """
         plan = Plan(tuple(task_order), tuple(chosen), n_samples, dict(versions))
         self._require(plan)
@@ -168,9 +170,12 @@ class SampleJournal:
         if self._content.shard is not None and self._content.plan != plan:
             self._write(plan_line(plan))
             self._content.plan = plan
-        write_atomically(self.raw_jsonl, _jsonl((r.task_id, r.raw) for r in shown))
-        write_atomically(self.manifest, json.dumps({**about, "notes": notes}, indent=1, sort_keys=True).encode() + b"\n")
-        write_atomically(self.jsonl, _jsonl((r.task_id, r.solution) for r in shown))
+        files = {
+            self.raw_jsonl: _jsonl((r.task_id, r.raw) for r in shown),
+            self.manifest: json.dumps({**about, "notes": notes}, indent=1, sort_keys=True).encode() + b"\n",
+            self.jsonl: _jsonl((r.task_id, r.solution) for r in shown),
+        }
+        write_together(files)
         return self.jsonl
 
     def _require(self, plan: Plan) -> None:
@@ -212,7 +217,7 @@ class SampleJournal:
         if content is None:
             return 0
         if content.header() != self._content.header():
-            raise SampleFileError(f"{self.path}: samples of another run; move it away, or use resume=False")
+            raise SampleFileError(f"{self.path}: samples of another run; {START_ANEW}")
         self._content = content
         return good
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dylo_moe.errors import ScoringError, one_line
 from dylo_moe.worker import Worker, WorkerGone
 
 SANITIZE_SECONDS = 30.0
@@ -19,6 +20,7 @@ class Sanitizer:
     def __init__(self, seconds: float = SANITIZE_SECONDS) -> None:
         self.seconds = seconds
         self._worker = Worker("dylo_moe.sanitize_worker")
+        self._unusable = ""
 
     def __enter__(self) -> Sanitizer:
         return self
@@ -26,11 +28,33 @@ class Sanitizer:
     def __exit__(self, *_: object) -> None:
         self._worker.stop()
 
-    def __call__(self, solution: str, entry_point: str) -> tuple[str, str]:
-        """Returns the sanitized solution and a note: empty, or why the solution was left as it is."""
+    def start(self) -> None:
+        """Waits until there is a child; the first call of the sanitizer would.
+
+        Raises:
+            ScoringError: none starts, which no solution is to blame for.
+        """
         try:
-            answer = self._worker.ask({"solution": solution, "entry_point": entry_point}, self.seconds)
+            if not self._unusable:
+                self._worker.start()
         except WorkerGone as gone:
-            why = f"took more than {self.seconds:g} s" if gone.late else "failed"
-            return solution, f"not sanitized: the sanitizer {why}"
-        return answer["solution"], ""
+            self._unusable = one_line(f"the process that sanitizes solutions does not start: {gone}")
+        if self._unusable:
+            raise ScoringError(self._unusable)
+
+    def __call__(self, solution: str, entry_point: str) -> tuple[str, str]:
+        """Returns the sanitized solution and a note: empty, or why the solution was left as it is.
+
+        A child that dies may have died of the machine: a second one is asked before the solution is blamed.
+
+        Raises:
+            ScoringError: as `start`.
+        """
+        for _ in range(2):
+            self.start()
+            try:
+                return self._worker.ask({"solution": solution, "entry_point": entry_point}, self.seconds)["solution"], ""
+            except WorkerGone as gone:
+                if gone.late:
+                    return solution, f"not sanitized: the sanitizer took more than {self.seconds:g} s"
+        return solution, "not sanitized: the sanitizer failed"

@@ -54,14 +54,18 @@ class Worker:
     def __exit__(self, *_: object) -> None:
         self.stop()
 
+    def start(self) -> None:
+        """Starts the child where there is none, and waits until it can be asked. Raises WorkerGone."""
+        if self._process is None:
+            self._start()
+
     def ask(self, question: dict[str, Any], seconds: float) -> dict[str, Any]:
         """The child's answer.
 
         Raises:
             WorkerGone: no answer within `seconds` (after a start, which has its own limit), or the child died.
         """
-        if self._process is None:
-            self._start()
+        self.start()
         try:
             self._process.stdin.write(json.dumps(question).encode() + b"\n")
             self._process.stdin.flush()
@@ -157,8 +161,10 @@ def _say(answers: TextIO, message: dict[str, Any]) -> None:
 
 
 def limit_memory(limit_bytes: int) -> None:
-    """Caps this process's address space. Called by a child before it does anything."""
+    """Caps this process's address space, where it is not capped lower already. Called by a child before it does anything."""
     import resource
 
+    _, hard = resource.getrlimit(resource.RLIMIT_AS)
+    limit_bytes = limit_bytes if hard == resource.RLIM_INFINITY else min(limit_bytes, hard)
     resource.setrlimit(resource.RLIMIT_AS, (limit_bytes, limit_bytes))
     resource.setrlimit(resource.RLIMIT_CORE, (0, 0))

@@ -6,8 +6,9 @@ import pytest
 import torch
 
 from dylo_moe.batch import Request
-from dylo_moe.batching import PREFILL_CELLS, Queue, is_out_of_memory
+from dylo_moe.batching import PREFILL_CELLS, Queue
 from dylo_moe.errors import OutOfMemory
+from dylo_moe.memory import is_out_of_memory
 from dylo_moe.routing import ADAPTERS_OFF
 
 
@@ -55,7 +56,10 @@ def test_rows_of_one_length_only_where_a_model_cannot_be_padded():
 
 
 def test_errors_of_memory_are_told_from_others():
-    assert is_out_of_memory(torch.OutOfMemoryError("x")) and is_out_of_memory(MemoryError())
+    assert is_out_of_memory(MemoryError()) and not is_out_of_memory(None)
+    gpu = torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB."), RuntimeError("CUDA error: out of memory")
+    handle = RuntimeError("CUDA error: CUBLAS_STATUS_ALLOC_FAILED when calling `cublasCreate(handle)`")
+    assert all(is_out_of_memory(error) for error in (*gpu, handle))
     with pytest.raises(RuntimeError) as caught:
         torch.empty(2**60)
     assert is_out_of_memory(caught.value)

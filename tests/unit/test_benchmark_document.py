@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import json
+import resource
 from pathlib import Path
 
 import jsonschema
@@ -14,6 +15,7 @@ import dylo_moe.benchmarks
 from dylo_moe.benchmarks.document import benchmark_entry
 from dylo_moe.benchmarks.report import build_page, print_benchmarks
 from dylo_moe.benchmarks.running import REPORTS, write_reports
+from dylo_moe.errors import OutputError
 
 SCHEMA = json.loads((Path(dylo_moe.benchmarks.__file__).parent / "document.schema.json").read_text())
 
@@ -207,6 +209,19 @@ def test_reports_are_complete_and_escape_what_they_show(tmp_path):
     assert "&lt;b&gt;&amp;my model" in page and "<b>&my" not in page
     assert "router against base" in page and "8 samples in 4.0 s" in page and "1 of 1" in page
     assert paths[2].read_bytes().startswith(b"\x89PNG")
+
+
+def test_reports_are_those_of_one_run_also_where_the_disk_is_full(tmp_path):
+    write_reports(document(router=singles("++++++++")), tmp_path)
+    before = {path.name: path.read_bytes() for path in tmp_path.iterdir()}
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (len(before["benchmark.json"]) + 1000, limits[1]))  # enough for the first file
+    try:
+        with pytest.raises(OutputError, match=r"benchmark\.html: File too large; make room, then run the same command again"):
+            write_reports(document(router=singles("-+++++++")), tmp_path)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+    assert {path.name: path.read_bytes() for path in tmp_path.iterdir()} == before
 
 
 def test_scores_from_without_a_sandbox_say_so():

@@ -151,3 +151,15 @@ def test_impossible_limit_is_one_line_and_exit_code_2(checkpoint, tmp_path, caps
     (tmp_path / "samples.jsonl").write_text("")
     assert cli.main(["evaluate", "--dataset", "humaneval", "--samples", str(tmp_path / "samples.jsonl"), *option]) == 2
     assert option[0][2:].replace("-", "_") in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("backend", "said"), [("hff", "backend 'hff', but should be one of peft_moe, vllm"), ("vllm", "install it, or use peft_moe")]
+)
+@pytest.mark.parametrize("command", ["codegen", "evaluate"])
+def test_backend_that_is_not_here_is_one_line(command, backend, said, checkpoint, tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setitem(sys.modules, "vllm", None)
+    words = [command, "--model", str(checkpoint), "--dataset", "humaneval", "--greedy", "--backend", backend]
+    assert cli.main(words) == 2
+    assert said in capsys.readouterr().err.splitlines()[-1]

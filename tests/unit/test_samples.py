@@ -88,7 +88,7 @@ def test_damage_before_a_whole_line_is_refused(tmp_path):
         journal.append(records("T/0", 3))
     content = journal.path.read_bytes()
     journal.path.write_bytes(content.replace(b"T/0 1", b"T/0 7"))
-    with pytest.raises(SampleFileError, match="damaged after 2 lines"):
+    with pytest.raises(SampleFileError, match="damaged after 2 lines; move it away, or generate it anew with --resume=False"):
         opened(tmp_path).__enter__()
 
 

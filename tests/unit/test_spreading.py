@@ -5,10 +5,13 @@ from __future__ import annotations
 from dataclasses import replace
 
 import pytest
+import ray
 
 from dylo_moe import generating
+from dylo_moe.cluster import Slots
 from dylo_moe.cluster_worker import ShardWorker
-from dylo_moe.errors import OptionError, PromptError, SampleFileError
+from dylo_moe.crew import Crew, Death, Member
+from dylo_moe.errors import ClusterError, OptionError, PromptError, SampleFileError
 from dylo_moe.evalplus import plan_generation
 from dylo_moe.generating import generate_samples
 from dylo_moe.journal import Record
@@ -137,3 +140,26 @@ def test_damaged_lines_of_a_worker_are_refused(tmp_path):
 def test_cluster_and_shard_together_are_refused(planned, tmp_path):
     with pytest.raises(OptionError, match="give only one of them"):
         generate_anywhere(replace(planned, ray="auto", shard=(0, 2)), tmp_path)
+
+
+class Answering:
+    """Ray's two names that a crew asks for an answer with; the answer is an error."""
+
+    exceptions = ray.exceptions
+
+    @staticmethod
+    def get(answer):
+        raise answer
+
+
+def test_worker_that_ray_kills_for_its_memory_is_dead_and_one_that_lacks_memory_says_so():
+    crew = Crew(Slots(1, 1, 0), "local")
+    crew._ray = Answering
+    member = Member(None, host="here")
+    for error in (ray.exceptions.OutOfMemoryError("killed by the memory monitor"), ray.exceptions.ActorDiedError()):
+        assert isinstance(crew._get(member, error), Death)
+    lacking = ray.exceptions.RayTaskError("start", "", RuntimeError("DefaultCPUAllocator: can't allocate memory"))
+    with pytest.raises(ClusterError, match="here: DefaultCPUAllocator"):
+        crew._get(member, lacking)
+    with pytest.raises(ray.exceptions.RayTaskError):
+        crew._get(member, ray.exceptions.RayTaskError("start", "", RuntimeError("of ours")))

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from dylo_moe.artifact import download_artifact
-from dylo_moe.atomic import write_atomically
+from dylo_moe.atomic import write_together
 from dylo_moe.benchmarks.document import SCHEMA, benchmark_entry
 from dylo_moe.benchmarks.figures import picture
 from dylo_moe.benchmarks.report import build_page
@@ -20,7 +20,7 @@ from dylo_moe.errors import OptionError
 from dylo_moe.evalplus import BACKEND, checked_range, checked_temperature, make_limits, plan_generation
 from dylo_moe.evaluation import score_files
 from dylo_moe.identity import versions
-from dylo_moe.pages import save_png
+from dylo_moe.pages import png
 from dylo_moe.scoring import Limits
 from dylo_moe.tasks import TaskSet, load_tasks
 
@@ -127,13 +127,11 @@ def run_benchmarks(plan: BenchmarkPlan) -> dict[str, Any]:
 
 
 def write_reports(document: Mapping[str, Any], directory: Path) -> list[Path]:
-    """Writes benchmark.json, benchmark.html and benchmark.png, each in one step; returns their paths."""
-    directory.mkdir(parents=True, exist_ok=True)
-    paths = [directory / name for name in REPORTS]
-    write_atomically(paths[0], as_json(document))
-    build_page(document).write(paths[1])
-    save_png(picture(document), paths[2])
-    return paths
+    """Writes benchmark.json, benchmark.html and benchmark.png, all or none; returns their paths. Raises OutputError."""
+    contents = (as_json(document), build_page(document).data(), png(picture(document)))
+    files = {directory / name: data for name, data in zip(REPORTS, contents, strict=True)}
+    write_together(files)
+    return list(files)
 
 
 @dataclass(frozen=True)

@@ -6,6 +6,7 @@ import contextlib
 import json
 import os
 import pickle
+import resource
 import selectors
 import signal
 import struct
@@ -17,12 +18,15 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+from dylo_moe.errors import ScoringError
 from dylo_moe.sandbox.bubblewrap import HOME, wrap
 from dylo_moe.sandbox.directory import remove
 from dylo_moe.sandbox.level import Level
 from dylo_moe.sandbox.libraries import import_path
 
 START_SECONDS = 120.0
+MEMORY = "EVALPLUS_MAX_MEMORY_BYTES"
+MEMORY_BYTES = 4 * 2**30  # EvalPlus's own where nothing is said
 GRACE_SECONDS = 60.0  # after its own limits, for the host to say that they are over
 _LAST_WORDS_SECONDS = 1.0
 _HEAD = 9
@@ -164,7 +168,20 @@ class Jail:
 
 def _environment(home: str) -> dict[str, str]:
     """Nothing of ours reaches generated code but what the interpreter needs: the rest may hold keys and tokens."""
-    kept = {name: os.environ[name] for name in ("LANG", "LC_ALL", "EVALPLUS_MAX_MEMORY_BYTES") if name in os.environ}
+    kept = {name: os.environ[name] for name in ("LANG", "LC_ALL") if name in os.environ} | {MEMORY: str(_memory())}
     private = dict.fromkeys(("HOME", "TMPDIR", "XDG_CACHE_HOME"), home)
     fixed = {"PATH": "/usr/bin:/bin", "OMP_NUM_THREADS": "1", "OPENBLAS_NUM_THREADS": "1", "PYTHONHASHSEED": "0"}
     return {**kept, **private, **fixed, "PYTHONPATH": import_path()}
+
+
+def _memory() -> int:
+    """Bytes that generated code may use: as EvalPlus takes them, but no more than this process may, or its guard fails.
+
+    Raises:
+        ScoringError: not a number.
+    """
+    text = os.environ.get(MEMORY, str(MEMORY_BYTES))
+    if not text.strip().removeprefix("-").isdigit():
+        raise ScoringError(f"{MEMORY} is {text!r}, but should be a number of bytes")
+    hard = [resource.getrlimit(limit)[1] for limit in (resource.RLIMIT_AS, resource.RLIMIT_DATA)]
+    return min([int(text), *(limit for limit in hard if limit != resource.RLIM_INFINITY)])
