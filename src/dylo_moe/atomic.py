@@ -39,7 +39,8 @@ def write_together(files: Mapping[Path, bytes]) -> None:
                 os.replace(temporary, path)
     finally:
         for temporary in temporaries.values():
-            temporary.unlink(missing_ok=True)
+            with contextlib.suppress(OSError):  # where nothing can be written, nothing can be removed either
+                temporary.unlink()
     for directory in {path.parent for path in files}:
         flush_directory(directory)
 

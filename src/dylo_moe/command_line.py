@@ -7,6 +7,7 @@ Options may be written with hyphens or underscores (`--n-samples`, `--n_samples`
 from __future__ import annotations
 
 import argparse
+import io
 import os
 import re
 import sys
@@ -39,6 +40,8 @@ def run_command(parser: argparse.ArgumentParser, argv: Sequence[str] | None, act
     """
     arguments = parser.parse_args([hyphens(word) for word in (sys.argv[1:] if argv is None else argv)])
     options = {name: value for name, value in vars(arguments).items() if value is not None}
+    if isinstance(sys.stdout, io.TextIOWrapper) and sys.stdout.errors == "strict":
+        sys.stdout.reconfigure(errors="backslashreplace")  # names of files and tasks need not fit the terminal's encoding
     try:
         if "assume" in options:
             from dylo_moe.formats.options import parse_assumptions

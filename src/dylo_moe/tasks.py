@@ -6,6 +6,7 @@ import contextlib
 import gzip
 import hashlib
 import json
+import math
 import os
 import re
 import sys
@@ -76,7 +77,7 @@ def load_tasks(dataset: str, *, version: str = "default", mini: bool = False, no
         packed = path.read_bytes()
         content = gzip.decompress(packed) if path.name.endswith(".gz") else packed
     except (OSError, EOFError, zlib.error) as error:
-        raise TaskSetError(f"{path}: {error}") from None
+        raise TaskSetError(f"{path}: {getattr(error, 'strerror', None) or error}") from None
     tasks = _parse(path, content)
     return TaskSet(dataset, tasks, hashlib.sha256(content).hexdigest(), hashlib.md5(packed).hexdigest(), path)
 
@@ -127,8 +128,10 @@ def _problem(task: Any) -> str | None:
             continue
         if not (isinstance(inputs, list) and all(isinstance(arguments, list) for arguments in inputs)):
             return f"{name} is not a list of lists of arguments"
-    if not isinstance(task.get("atol"), int | float) or isinstance(task["atol"], bool):
-        return "atol is not a number"
-    if not re.fullmatch(r"[A-Za-z]+/\d+", task["task_id"]):
+    if not task["base_input"]:
+        return "base_input is empty, so that every solution would pass"
+    if not isinstance(task.get("atol"), int | float) or isinstance(task["atol"], bool) or not 0 <= task["atol"] < math.inf:
+        return "atol is not a number, or below 0, or not finite"
+    if not re.fullmatch(r"[A-Za-z]+/[0-9]{1,9}", task["task_id"]):
         return f"task_id {task['task_id']!r}, but should be like 'HumanEval/0'"
     return None

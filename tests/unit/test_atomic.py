@@ -46,6 +46,12 @@ def test_place_that_is_no_directory_is_named_with_what_to_do(write, tmp_path):
     assert str(caught) == "a: full; make room, then run the same command again"
 
 
+def test_name_that_the_disk_does_not_take_is_that_of_the_file_and_not_of_the_one_beside_it(tmp_path):
+    path = tmp_path / ("x" * 250)
+    with pytest.raises(OutputError, match=f"^{path}: File name too long; see that you can write there"):
+        write_together({path: b""})
+
+
 @pytest.mark.parametrize(
     ("error", "said"),
     [
@@ -78,6 +84,17 @@ def test_reader_who_leaves_is_no_error():
         done = subprocess.run([sys.executable, "-c", code, size], stdout=writer, stderr=subprocess.PIPE, timeout=60)
         os.close(writer)
         assert (done.returncode, done.stderr) == (141, b"")
+
+
+def test_name_that_the_terminal_cannot_show_is_shown_escaped():
+    code = (
+        "import sys\nfrom dylo_moe.command_line import Parser, run_command\n"
+        "sys.exit(run_command(Parser(prog='prog'), [], lambda options: print('\\u6f22 \\udcff') or 0))"
+    )
+    for encoding, shown in (("ascii", b"\\u6f22 \\udcff\n"), ("utf-8", "漢 \\udcff\n".encode())):
+        environment = {**os.environ, "PYTHONIOENCODING": encoding}
+        done = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, timeout=60)
+        assert (done.returncode, done.stdout) == (0, shown), done.stderr
 
 
 def test_any_other_runtime_error_is_no_mistake_of_the_user():

@@ -304,8 +304,11 @@ def test_damaged_results_are_not_used(tmp_path, content):
     [
         ({"prompt": 3}, "prompt"),
         ({"base_input": [1]}, "base_input"),
+        ({"base_input": []}, "base_input is empty, so that every solution would pass"),
         ({"atol": None}, "atol"),
+        ({"atol": float("nan")}, "atol"),
         ({"task_id": "HumanEval-0"}, "task_id"),
+        ({"task_id": "HumanEval/" + "9" * 5000}, "task_id"),
     ],
 )
 def test_unusable_task_is_named_by_line_and_field(monkeypatch, tmp_path, change, word):
