@@ -21,8 +21,8 @@ from harness.specimens.xlora import XLoraChoices, write_xlora_checkpoint
 MEASURED = ("speed.*", "memory.*")
 # What random experts answer is nobody's known answer.
 SCORED = ("evaluation.*",)
-# They take long, and little of it depends on the architecture: compiling is judged on two specimens, decoding on one, and two or
-# three will do for half precision and for more about generation than its texts.
+# They take long, and little of it depends on the architecture: compiling is judged on two specimens, decoding on one, and two
+# or three will do for half precision and for more about generation than its texts.
 COMPILED = ("training.compile_equal",)
 DECODED = ("decoder.*",)
 HALVED, GENERATED = ("precision.*",), ("generation.*",)
@@ -66,8 +66,10 @@ def _gemma_bfloat16(directory: Path) -> Path:
 
 
 def _gpt2_rank_stabilised(directory: Path) -> Path:
+    """Everything that a checkpoint records is another value than the one that an implementation may have written down."""
     base = write_base(directory / "base", "gpt2")
-    return write_checkpoint(directory / "moe", base, num_experts=8, features="all_experts", use_rslora=True, top_k=2)
+    recorded = {"temperature": 1.3, "balance": "switch", "aux_coefficient": 0.04, "top_k": 2, "use_rslora": True}
+    return write_checkpoint(directory / "moe", base, num_experts=8, features="all_experts", **recorded)
 
 
 def _qwen_twelve_experts(directory: Path) -> Path:
@@ -131,7 +133,7 @@ BUILT_IN = (
         _gemma_bfloat16,
         without=MEASURED + SCORED + DECODED + GENERATED,
     ),
-    Exhibit("gpt2, 8 experts, mixed ranks, rsLoRA, top-2", _gpt2_rank_stabilised, without=UNTOLD + HALVED),
+    Exhibit("gpt2, 8 experts, mixed ranks, rsLoRA, top-2", _gpt2_rank_stabilised, without=UNTOLD + HALVED + GENERATED),
     Exhibit("qwen, 12 experts, a router decision per layer, top-3", _qwen_twelve_experts, without=UNTOLD + HALVED + GENERATED),
     Exhibit("llama, 1 expert, no router", _single_expert_without_router, without=UNTOLD + HALVED + GENERATED),
     Exhibit("llama, 4 experts, PEFT X-LoRA, layerwise, top-2", _xlora, without=DESCRIBED, layout="peft-xlora"),

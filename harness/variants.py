@@ -78,7 +78,7 @@ def _write_expert(directory: Path, expert: Mapping[str, Adapter], base: str | No
         },
         "target_modules": sorted(expert),
         "fan_in_fan_out": transposed,
-        "lora_dropout": 0.0,
+        "lora_dropout": 0.25,  # which eval() has to switch off: variants are never trained
         "bias": "all" if beside.biases else "none",
         "modules_to_save": sorted(beside.replaced) or None,
         "use_dora": any(adapter.magnitude is not None for adapter in expert.values()),

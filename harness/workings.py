@@ -164,7 +164,10 @@ class Workings:
         routing = routing or self.default_routing
         for option in routing:
             self.need_option(model.forward, option)
-        return model(ids, mask, **routing).logits
+        output = model(ids, mask, **routing)
+        if not hasattr(output, "logits"):
+            raise AssertionError(f"the model returned a {type(output).__name__} without .logits (docs/subjects.md)")
+        return output.logits
 
     @property
     def default_routing(self) -> dict[str, object]:

@@ -86,12 +86,12 @@ def _single_pass(bench: Bench, rows: int) -> Callable[[], None]:
 
 
 def _generation(bench: Bench) -> Callable[[], None]:
-    """Two tokens after a few, by the router where there is one."""
-    ids = _ids(bench, 1)[:, :8]
+    """One token after a few, by the router where there is one."""
+    ids = _ids(bench, 1)[:, :4]
     strategy = "single:0" if bench.router is None else "router"
 
     def work() -> None:
-        bench.model.generate(ids, torch.ones_like(ids), strategy=strategy, do_sample=False, max_new_tokens=2, pad_token_id=0)
+        bench.model.generate(ids, torch.ones_like(ids), strategy=strategy, do_sample=False, max_new_tokens=1, pad_token_id=0)
 
     return work
 
@@ -102,6 +102,6 @@ def _cacheless(bench: Bench) -> dict[str, bool]:
 
 
 def _ids(bench: Bench, rows: int = 1) -> torch.Tensor:
-    """One row of TOKENS, or several that are together half as many."""
-    drawn = bench.rng(8).integers(2, bench.vocab_size, size=(rows, TOKENS if rows == 1 else TOKENS // (2 * rows)))
+    """One row of TOKENS, or several that are together a quarter as many."""
+    drawn = bench.rng(8).integers(2, bench.vocab_size, size=(rows, TOKENS if rows == 1 else TOKENS // (4 * rows)))
     return torch.as_tensor(drawn, device=bench.device)

@@ -27,6 +27,8 @@ def write_checkpoint(  # noqa: PLR0913  the options of a specimen, all keywords
     temperature: float = 2.0,
     dtype: str = "float32",
     router: bool = True,
+    balance: str = "mse",
+    aux_coefficient: float = 0.01,
     seed: int = 0,
 ) -> Path:
     """Writes `num_experts` random experts and a router for the base model in `base`; returns the directory.
@@ -38,6 +40,7 @@ def write_checkpoint(  # noqa: PLR0913  the options of a specimen, all keywords
         ranks, alphas: cycled over the experts.
         features: what the router looks at; recorded only.
         router: False writes a bag of experts, "router": null.
+        balance, aux_coefficient: the load-balancing loss and its weight; recorded only.
 
     Each expert's delta has a quarter of its base weight's Frobenius norm. The same arguments give the same bytes.
     """
@@ -62,7 +65,7 @@ def write_checkpoint(  # noqa: PLR0913  the options of a specimen, all keywords
             "num_experts": num_experts,
             "experts": recorded,
             "router": {**gate, "top_k": top_k, "temperature": temperature} if router else None,
-            "load_balance": {"load_balance_loss_type": "mse", "router_aux_loss_coef": 0.01},
+            "load_balance": {"load_balance_loss_type": balance, "router_aux_loss_coef": aux_coefficient},
         },
     )
     return directory

@@ -57,3 +57,23 @@ def test_a_fault_in_the_example_is_found(judged):
     assert faulty != example()
     law = "model.routed_logits_equal_reference"
     assert judged(faulty, law) == (1, {law: "fail"})
+
+
+RETURNED = "return self.base(input_ids, attention_mask)"
+ASKED = "        self.weights = self.last_routing_weights = routing_weights\n"
+
+
+def test_model_that_returns_a_tuple_is_told_so_and_is_no_failure_of_the_judge(judged, capsys):
+    faulty = example().replace(RETURNED, RETURNED + ".to_tuple()")
+    law = "model.routing_is_applied"
+    assert judged(faulty, law) == (1, {law: "fail"})
+    assert "returned a tuple without .logits" in capsys.readouterr().out
+
+
+def test_model_that_refuses_weights_for_each_layer_is_not_failed(judged):
+    refusing = example().replace(
+        ASKED, "        if routing_weights.dim() == 4:\n            raise ValueError('one for all')\n" + ASKED
+    )
+    assert refusing != example()
+    law = "model.routing_is_applied"
+    assert judged(refusing, law) == (0, {law: "pass"})
