@@ -25,6 +25,7 @@ from harness.compare import assert_equal
 from harness.outcome import NotApplicable, Void
 from harness.specimens.tasks import TASKS, write_task_set
 from harness.texts import COLD
+from harness.untouched import evalplus_state
 from harness.workings import Workings, workings
 
 PROMPT = "def add(a, b):\n"
@@ -85,15 +86,17 @@ def check_cut_at_earliest_stop(bench: Bench) -> None:
 
 
 def check_stops_ignore_prompt_and_history(bench: Bench) -> None:
-    """Stop strings in the prompt, and the prompts before it, do not change a completion.
+    """Stop strings in the prompt, and prompts before it, do not change a completion, nor does the data set but by its strings.
 
     Reason: EvalPlus's hf decoder keeps the criteria of earlier prompts, and 362 of 378 MBPP prompts then stop at once.
     Tolerance: none.
     """
+    wholes = []
     for dataset in DATASET_STOPS:
         decoder = _decoder(workings(bench), dataset=dataset)
         stops = list(decoder.eos)
         whole = _unstopped(decoder, BUSY_PROMPT)
+        wholes.append(whole)
         decoder.eos = stops
         want = _cut(whole, stops)
         for prompt in ("x\n", PROMPT, BUSY_PROMPT):
@@ -101,6 +104,7 @@ def check_stops_ignore_prompt_and_history(bench: Bench) -> None:
         assert_equal(got, want, what=f"text after a prompt that holds stop strings of {dataset}, the third prompt in a row")
         if not want:
             raise Void("the completion begins with a stop string")
+    assert_equal(wholes[1:], wholes[:1], what="text that no string stops, as a decoder for the other data set writes it")
 
 
 def check_stop_strings_of_the_data_set(bench: Bench) -> None:
@@ -150,6 +154,9 @@ def check_chat_prompt(bench: Bench) -> None:
     if bos is not None:
         assert_equal(text.count(bos), template.count(bos), what=f"{bos} in the prompt, against the template")
     assert_equal(sorted(decoder.eos), sorted((*COMMON_STOPS, CHAT_STOP)), what="stop strings of a chat")
+    if w.experts:
+        want = _reference_text(w, decoder, _usual_strategy(w), torch.tensor(given))
+        assert_equal(_greedy(decoder)[: len(want)], want, what="text in a chat")
 
 
 def check_tabs(bench: Bench) -> None:
@@ -239,10 +246,10 @@ def check_evalplus_untouched(bench: Bench) -> None:
     Reason: whatever else the process evaluates would then be evaluated otherwise.
     Tolerance: none.
     """
-    before = _evalplus_state()
+    before = evalplus_state()
     for dataset in DATASET_STOPS:
         _greedy(_decoder(workings(bench), dataset=dataset))
-    after = _evalplus_state()
+    after = evalplus_state()
     assert_equal(after.pop("lists"), before.pop("lists"), what="lists of EvalPlus")
     changed = sorted(name for name in before if after.get(name) is not before[name])
     assert_equal(changed, [], what="functions of EvalPlus that were replaced")
@@ -288,7 +295,7 @@ def _decoder(w: Workings, **options: Any) -> Any:
     usual = {
         "dataset": "humaneval",
         "base_model": w.bench.base_model,
-        "routing_strategy": "router" if w.experts == 0 or w.reference.router is not None else "ensemble",
+        "routing_strategy": _usual_strategy(w),
         "temperature": 0.0,
         "batch_size": 1,
         "max_new_tokens": NEW_TOKENS,
@@ -296,6 +303,10 @@ def _decoder(w: Workings, **options: Any) -> Any:
         "force_base_prompt": True,
     }
     return make(w.bench.checkpoint, **{**usual, **options})
+
+
+def _usual_strategy(w: Workings) -> str:
+    return "router" if w.experts == 0 or w.reference.router is not None else "ensemble"
 
 
 def _greedy(decoder: Any, prompt: str = PROMPT) -> str:
@@ -320,9 +331,9 @@ def _cut(text: str, stops: list[str]) -> str:
     return text[: min((text.index(stop) for stop in stops if stop in text), default=len(text))]
 
 
-def _reference_text(w: Workings, decoder: Any, strategy: str) -> str:
-    """The reference's greedy text up to the first near tie, cut as the decoder has to cut it."""
-    ids = torch.tensor(decoder.tokenizer(PROMPT)["input_ids"])
+def _reference_text(w: Workings, decoder: Any, strategy: str, ids: Tensor | None = None) -> str:
+    """The reference's greedy text up to the first near tie, cut as the decoder has to; after the bare prompt, or ids (P,)."""
+    ids = torch.tensor(decoder.tokenizer(PROMPT)["input_ids"]) if ids is None else ids
     tokens, scores = w.reference.greedy(ids, NEW_TOKENS, _scores(w, strategy, ids))
     ranked = np.sort(scores, axis=-1)
     tied = ranked[:, -1] - ranked[:, -2] <= 2 * w.bound
@@ -366,24 +377,6 @@ def _tokens_given(decoder: Any, prompt: str) -> list[int]:
     finally:
         handle.remove()
     return seen[0][0].tolist()
-
-
-def _evalplus_state() -> dict[str, Any]:
-    """The functions and classes of EvalPlus that others use, and copies of its lists."""
-    import evalplus.codegen
-    import evalplus.evaluate
-    import evalplus.provider.base
-    import evalplus.provider.utility
-
-    modules = (evalplus.codegen, evalplus.evaluate, evalplus.provider, evalplus.provider.base, evalplus.provider.utility)
-    found: dict[str, Any] = {"lists": {}}
-    for module in modules:
-        for name, value in vars(module).items():
-            if isinstance(value, list) and not name.startswith("__"):
-                found["lists"][f"{module.__name__}.{name}"] = list(value)
-            elif callable(value):
-                found[f"{module.__name__}.{name}"] = value
-    return found
 
 
 @contextmanager
