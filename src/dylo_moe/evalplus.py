@@ -258,11 +258,12 @@ def evaluate(  # noqa: PLR0913  (EvalPlus's signature)
     id_range = checked_range(model_options.get("id_range"))
     if generates == (samples is not None):
         raise OptionError("evaluate needs either samples, or a model and the options of its generation")
-    from dylo_moe.evaluation import score_files
+    from dylo_moe.evaluation import score_files, warn_unheld
 
     limits = make_limits(base_only, test_details, min_time_limit, gt_time_limit_factor)
     check_sandbox(sandbox)
     if generates:
+        warn_unheld(sandbox)
         samples = _generate(dataset, version, model_options)
     task_set = load_tasks(dataset, version=version, mini=mini, noextreme=noextreme)
     scoring = {"parallel": parallel, "sandbox": sandbox, "again": i_just_wanna_run}

@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import json
+import sys
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from dylo_moe.atomic import write_atomically
+from dylo_moe.errors import ScoringError, one_line
 from dylo_moe.results import binding, read_samples, result_path, stored, summarise
+from dylo_moe.sandbox.ladder import choose
 from dylo_moe.scoring import Limits, Scorer
 from dylo_moe.tasks import TaskSet
 
@@ -52,3 +55,14 @@ def score_files(
                 results[name] = summarise(task_set, scores, limits, bound[name], sandbox=scorer.sandbox)
                 write_atomically(result_path(files[name]), json.dumps(results[name]).encode())
     return {name: results[name] for name in files}
+
+
+def warn_unheld(sandbox: str) -> None:
+    """Says before hours of generation what scoring would say after them: that nothing here holds generated code.
+
+    No more than a warning: where all scores are stored, no code runs.
+    """
+    try:
+        choose(sandbox)
+    except ScoringError as error:
+        print(one_line(f"Warning: what is not scored yet will have no score here: {error}"), file=sys.stderr)

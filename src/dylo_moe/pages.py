@@ -19,12 +19,15 @@ if TYPE_CHECKING:
 TEMPLATES = Path(__file__).parent / "templates"
 DOTS_PER_INCH = 150
 NOTICES = ("good", "bad", "warning", "note")
+# What a reader does not see, or what turns the text around it: control characters, marks of direction, halves of pairs.
+_UNSEEN = re.compile(r"[\x00-\x08\x0b-\x1f\x7f-\x9f\u061c\u200e\u200f\u2028-\u202e\u2066-\u2069\ud800-\udfff]")
 # Texts that stand to the right in a column, as numbers do: 0.5, 1,024, -3, 62.5 %, +2.
 _LIKE_A_NUMBER = re.compile(r"[-+−]?\d[\d.,]*(e[-+]\d+)?( ?%)?")
 
 
 class Page:
     """One report, built from top to bottom. All text is escaped: whatever it holds, it is shown and not interpreted.
+    Control characters and marks of direction, which would not be seen, stand there as \\u202e.
 
     Args:
         title: the page's name, shown on top and in the browser's tab.
@@ -94,11 +97,12 @@ class Page:
         css = (TEMPLATES / "page.css").read_text(encoding="utf-8") + self.css
         version = importlib.metadata.version("dylo-moe")
         template = environment.get_template("page.html")
-        return template.render(title=self.title, css=Markup(css), parts=self._parts, version=version)
+        whole = template.render(title=self.title, css=Markup(css), parts=self._parts, version=version)
+        return _UNSEEN.sub(lambda found: ascii(found[0])[1:-1], whole)
 
     def data(self) -> bytes:
-        """The whole file. Half of a character pair, as broken model output may hold, has no place in UTF-8: shown as \\udc80."""
-        return self.html().encode("utf-8", "backslashreplace")
+        """The whole file."""
+        return self.html().encode()
 
     def _add(self, html: str, *values: object) -> None:
         self._parts.append(Markup(html).format(*values))

@@ -173,5 +173,8 @@ def foreign_journal(name: str, lines: bytes, journals: Sequence[SampleJournal]) 
     found = whole_lines(lines, Path(name))[0][0]["identity"]
     ours = [journal.identity for journal in journals]
     same = [identity for identity in ours if identity["options"]["routing_strategy"] == found["options"]["routing_strategy"]]
-    where = difference(found, (same or ours)[0])
+    expected = (same or ours)[0]
+    if expected["device"] == "cuda" != found["device"]:
+        return "Ray counts a GPU there, but torch finds none; install torch for it, or start Ray there with --num-gpus 0"
+    where = difference(found, expected)
     return f"its samples would be others: {where}; every machine needs the same files at the same path, and the same packages"

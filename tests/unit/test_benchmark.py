@@ -9,9 +9,10 @@ import sys
 import pytest
 
 from dylo_moe import benchmark
-from dylo_moe.benchmarks.running import plan_benchmarks
+from dylo_moe.benchmarks.running import plan_benchmarks, run_benchmarks
 from dylo_moe.benchmarks.stock import generate_stock, stock_identity
-from dylo_moe.errors import OptionError
+from dylo_moe.errors import MissingFile, OptionError
+from dylo_moe.evalplus import evaluate
 from dylo_moe.tasks import load_tasks
 from harness.specimens import write_base, write_checkpoint
 from harness.specimens.tasks import TASKS, write_task_set
@@ -102,6 +103,16 @@ def test_mistake_is_one_line_and_exit_code_2(tasks, tmp_path, monkeypatch, capsy
     lines = capsys.readouterr().err.splitlines()
     assert [line for line in lines if line.startswith("dylo_moe.benchmark: ")] == lines[-1:] and said in lines[-1]
     assert not list(tmp_path.rglob("benchmark.*"))
+
+
+def test_machine_that_cannot_hold_generated_code_says_so_before_it_generates(tasks, tmp_path, monkeypatch, capsys):
+    monkeypatch.setenv("PATH", "")
+    options = {"model": str(tmp_path / "nowhere"), "sandbox": "bwrap", "greedy": True}
+    for run in (lambda: run_benchmarks(plan_benchmarks(options)), lambda: evaluate("humaneval", backend="peft_moe", **options)):
+        with pytest.raises(MissingFile):
+            run()
+        warning = "Warning: what is not scored yet will have no score here: generated code cannot be held: no bubblewrap"
+        assert capsys.readouterr().err.startswith(warning)
 
 
 @pytest.mark.parametrize(

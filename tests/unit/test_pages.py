@@ -68,10 +68,11 @@ def test_same_figure_gives_the_same_bytes_and_another_one_does_not():
     assert png(drawing()) == png(drawing()) != png(drawing("c"))
 
 
-def test_half_a_character_pair_is_written_as_an_escape():
-    page = Page("x")
-    page.paragraph("broken \udc80 text")
-    assert b"broken \\udc80 text" in page.data()
+def test_what_turns_text_around_or_cannot_be_seen_is_written_as_an_escape():
+    unseen = "\udc80 \u202e \u2066 \x00 \x1b[31m \u2028"
+    content = full_page(f"broken {unseen} text\tof\nlines").data()
+    assert not [char for char in unseen if char > "~" or char < " " if char.encode("utf-8", "surrogatepass") in content]
+    assert content.count(b"broken \\udc80 \\u202e \\u2066 \\x00 \\x1b[31m \\u2028 text\tof\nlines") >= 9
 
 
 def test_table_aligns_numbers_and_formats_floats():

@@ -15,6 +15,7 @@ from dylo_moe.errors import ClusterError, OptionError, PromptError, SampleFileEr
 from dylo_moe.evalplus import plan_generation
 from dylo_moe.generating import generate_samples
 from dylo_moe.journal import Record
+from dylo_moe.journal_lines import checked_line
 from dylo_moe.samples import SampleJournal
 from dylo_moe.spreading import foreign_journal, part_of
 from dylo_moe.spreading import generate_samples as generate_anywhere
@@ -163,3 +164,10 @@ def test_worker_that_ray_kills_for_its_memory_is_dead_and_one_that_lacks_memory_
         crew._get(member, lacking)
     with pytest.raises(ray.exceptions.RayTaskError):
         crew._get(member, ray.exceptions.RayTaskError("start", "", RuntimeError("of ours")))
+
+
+def test_gpu_that_ray_counts_and_torch_does_not_find_is_said_so(tmp_path):
+    identity = {"device": "cuda", "options": {"routing_strategy": "router"}}
+    ours = [SampleJournal(tmp_path, "stem", identity)]
+    lines = checked_line({"identity": {**identity, "device": "cpu"}})
+    assert foreign_journal("other", lines, ours).startswith("Ray counts a GPU there, but torch finds none")

@@ -18,7 +18,7 @@ from dylo_moe.benchmarks.report import build_page
 from dylo_moe.benchmarks.stock import HF, generate_stock, stock_files, stock_identity
 from dylo_moe.errors import OptionError
 from dylo_moe.evalplus import BACKEND, checked_range, checked_temperature, make_limits, plan_generation
-from dylo_moe.evaluation import score_files
+from dylo_moe.evaluation import score_files, warn_unheld
 from dylo_moe.identity import versions
 from dylo_moe.pages import png
 from dylo_moe.scoring import Limits
@@ -112,6 +112,7 @@ def run_benchmarks(plan: BenchmarkPlan) -> dict[str, Any]:
     Raises:
         As `generate_samples` and `score_files`.
     """
+    warn_unheld(plan.scoring.get("sandbox", "auto"))
     made = _generate_all(plan)
     benchmarks = {name: _score(plan, name, found) for name, found in made.items()}
     first = next(iter(next(iter(benchmarks.values()))["runs"].values()))

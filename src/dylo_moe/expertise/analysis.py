@@ -11,7 +11,7 @@ from typing import Any
 from dylo_moe.crew import hired
 from dylo_moe.decoder import PeftMoEDecoder
 from dylo_moe.errors import OptionError
-from dylo_moe.evaluation import score_files
+from dylo_moe.evaluation import score_files, warn_unheld
 from dylo_moe.expertise.categories import Categories, categorise
 from dylo_moe.expertise.document import describe, describe_weights
 from dylo_moe.expertise.observing import Observed, observe
@@ -134,6 +134,7 @@ def analyse_experts(
     """
     # Of all of them first, because a mistake in the file should not cost a generation.
     sorted_in = {name: categorise(_tasks(plan), categories) for name, plan in generations.items()}
+    warn_unheld((scoring or {}).get("sandbox", "auto"))
     opened = Opened(next(iter(generations.values())).decoder)
     files = _generate_all(generations, root, opened)
     seen = {name: _see(plan, files[name], opened, sorted_in[name], track) for name, plan in generations.items()}
