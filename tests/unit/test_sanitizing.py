@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import subprocess
 import sys
+import tempfile
 from pathlib import Path
 
 import pytest
@@ -64,10 +65,12 @@ def test_sanitizer_that_died_of_the_machine_is_asked_again():
         assert sanitizer("def f():\n    return 1\n\nprint(2)\n", "f") == ("def f():\n    return 1", "")
 
 
-def test_memory_for_generated_code_that_is_no_number_is_one_line(monkeypatch):
+def test_memory_for_generated_code_that_is_no_number_is_one_line(monkeypatch, tmp_path):
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
     monkeypatch.setenv("EVALPLUS_MAX_MEMORY_BYTES", "4G")
     with pytest.raises(ScoringError, match="EVALPLUS_MAX_MEMORY_BYTES is '4G', but should be a number of bytes"):
         Jail(NONE).load({})
+    assert not list(tmp_path.iterdir())
 
 
 def test_sanitizer_starts_without_the_packages_that_it_does_not_use():

@@ -104,9 +104,10 @@ class Jail:
             self._directory = None
 
     def _start(self) -> None:
+        memory = _memory()  # refuses before there is anything to remove
         self._directory = Path(tempfile.mkdtemp(prefix="dylo-moe-"))
         home = HOME if self.level.bwrap else str(self._directory)
-        environment = _environment(home)
+        environment = _environment(home, memory)
         command = [sys.executable, "-m", "dylo_moe.sandbox.host", json.dumps(self.level.as_dict())]
         with self._errors().open("wb") as errors:
             self._process = subprocess.Popen(
@@ -166,9 +167,9 @@ class Jail:
         return JailBroken(f"the process that runs generated code {problem}{': ' + last[:300] if last else ''}")
 
 
-def _environment(home: str) -> dict[str, str]:
+def _environment(home: str, memory: int) -> dict[str, str]:
     """Nothing of ours reaches generated code but what the interpreter needs: the rest may hold keys and tokens."""
-    kept = {name: os.environ[name] for name in ("LANG", "LC_ALL") if name in os.environ} | {MEMORY: str(_memory())}
+    kept = {name: os.environ[name] for name in ("LANG", "LC_ALL") if name in os.environ} | {MEMORY: str(memory)}
     private = dict.fromkeys(("HOME", "TMPDIR", "XDG_CACHE_HOME"), home)
     fixed = {"PATH": "/usr/bin:/bin", "OMP_NUM_THREADS": "1", "OPENBLAS_NUM_THREADS": "1", "PYTHONHASHSEED": "0"}
     return {**kept, **private, **fixed, "PYTHONPATH": import_path()}
