@@ -14,6 +14,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
+from types import ModuleType
 from typing import Any
 from urllib.parse import urlsplit
 
@@ -73,7 +74,7 @@ def connected(address: str) -> Iterator[Slots]:
         options |= {"include_dashboard": False, "_node_ip_address": LOOPBACK}
     try:
         with warnings.catch_warnings(action="ignore"):  # of the Ray client, before it raises the same
-            ray.init(address=address, **options)
+            _initialise(ray, address, options)
     except (ConnectionError, RuntimeError, ValueError, ray.exceptions.RayError) as error:
         raise ClusterError(f"{address}: no Ray cluster there, or one with another token than here: {error}") from None
     try:
@@ -82,6 +83,15 @@ def connected(address: str) -> Iterator[Slots]:
         yield find_slots([node["Resources"] for node in ray.nodes() if node["Alive"]], address)
     finally:
         ray.shutdown()
+
+
+def _initialise(ray: ModuleType, address: str, options: dict[str, Any]) -> None:
+    """ray.init. For a client, Ray starts a server, and at times one that ends as it begins (2.60: "Initialization failure from
+    server", out of psutil, which looks at a process that is gone): it is asked once more."""
+    try:
+        ray.init(address=address, **options)
+    except ConnectionAbortedError:
+        ray.init(address=address, **options)
 
 
 def find_slots(machines: list[dict[str, float]], address: str) -> Slots:

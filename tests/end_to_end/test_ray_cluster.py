@@ -126,6 +126,21 @@ def test_token_that_nobody_gave_the_cluster_is_refused_by_it(machines, clients, 
         assert list(pool.map(refuses_unknown_token, addresses)) == [False, False], "this one it takes"
 
 
+def test_client_whose_server_ended_as_it_began_asks_once_more(machines, clients, monkeypatch):
+    import ray
+
+    real, refusals = ray.init, [ConnectionAbortedError("Initialization failure from server")]
+
+    def unlucky(**options):
+        if refusals:
+            raise refusals.pop()
+        return real(**options)
+
+    monkeypatch.setattr(ray, "init", unlucky)
+    with connected(f"ray://{LOOPBACK}:{clients}") as slots:
+        assert slots.count
+
+
 def test_client_does_not_wait_for_a_worker_that_finds_no_place(machines, checkpoint, clients, tmp_path, monkeypatch):
     monkeypatch.setattr(spreading, "START_SECONDS", 1.0)
     monkeypatch.setattr(crews, "ASK_SECONDS", 1.0)
