@@ -9,6 +9,7 @@ import secrets
 import socket
 import subprocess
 import sys
+import time
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -22,6 +23,7 @@ from dylo_moe.errors import ClusterError, OptionError
 
 CONNECT_SECONDS = 10.0
 PROBE_SECONDS = 60.0
+CLIENT_ATTEMPTS, CLIENT_PAUSE = 4, 1.0  # seconds
 # Ray takes 127.0.0.1 for this machine's outer address, but leaves the rest of 127.0.0.0/8 alone; see docs/findings.md.
 LOOPBACK = "127.0.0.2"
 # The first question of a Ray client, alone: all of them take half a minute where the token is refused.
@@ -86,12 +88,16 @@ def connected(address: str) -> Iterator[Slots]:
 
 
 def _initialise(ray: ModuleType, address: str, options: dict[str, Any]) -> None:
-    """ray.init. For a client, Ray starts a server, and at times one that ends as it begins (2.60: "Initialization failure from
-    server", out of psutil, which looks at a process that is gone): it is asked once more."""
-    try:
-        ray.init(address=address, **options)
-    except ConnectionAbortedError:
-        ray.init(address=address, **options)
+    """ray.init. For a client, Ray starts a server, and on a busy machine one that ends as it begins ("Initialization failure from
+    server", with 2.60 at times: it forks while other threads are inside of gRPC): it is asked again."""
+    for _ in range(CLIENT_ATTEMPTS - 1):
+        try:
+            ray.init(address=address, **options)
+        except ConnectionAbortedError:
+            time.sleep(CLIENT_PAUSE)
+        else:
+            return
+    ray.init(address=address, **options)
 
 
 def find_slots(machines: list[dict[str, float]], address: str) -> Slots:
