@@ -4,7 +4,10 @@ from __future__ import annotations
 
 import gc
 import os
+import resource
 import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
@@ -58,3 +61,19 @@ def pytest_collection_finish() -> None:
 def _repeatable():
     torch.set_num_threads(1)
     torch.manual_seed(0)
+
+
+@pytest.fixture
+def file_size_limit():
+    """`with file_size_limit(size)`: no file grows beyond so many bytes, as on a full disk: some are written, then none."""
+    return _file_size_limit
+
+
+@contextmanager
+def _file_size_limit(size: int) -> Iterator[None]:
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (size, before[1]))
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, before)

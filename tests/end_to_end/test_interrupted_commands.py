@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import resource
 from pathlib import Path
 
 import pytest
@@ -55,15 +54,11 @@ def test_parts_are_merged_to_what_one_command_writes(codegen, undisturbed, tmp_p
     assert capsys.readouterr().out.splitlines() == [str(last).replace(".shard-3-of-3", "")]
 
 
-def test_full_disk_is_one_line_and_the_same_command_continues(codegen, undisturbed, tmp_path, capsys):
+def test_full_disk_is_one_line_and_the_same_command_continues(codegen, undisturbed, tmp_path, capsys, file_size_limit):
     (whole,) = undisturbed.rglob("*.journal")
     identity, sample, *_ = whole.read_bytes().splitlines(keepends=True)
-    before = resource.getrlimit(resource.RLIMIT_FSIZE)
-    resource.setrlimit(resource.RLIMIT_FSIZE, (len(identity) + int(len(sample) * 1.5), before[1]))
-    try:
+    with file_size_limit(len(identity) + int(len(sample) * 1.5)):
         assert codegen(tmp_path) == 2
-    finally:
-        resource.setrlimit(resource.RLIMIT_FSIZE, before)
     said = capsys.readouterr().err.splitlines()[-1]
     assert said.startswith("dylo-moe: ") and "make room, then run the same command again" in said
     (journal,) = tmp_path.rglob("*.journal")

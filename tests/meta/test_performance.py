@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
+import os
 import subprocess
 import sys
 from functools import partial
 
 import pytest
-import torch
 
 from harness.measure import PairedRatio
 from harness.performance import gpu, record
@@ -103,11 +103,12 @@ def test_cells_of_a_gpu_are_those_of_its_goals(tmp_path):
     cells["prefill / base's"].other()
 
 
-def test_a_gpu_that_is_not_there_is_one_line(tmp_path, capsys):
-    if torch.cuda.is_available():
-        pytest.skip("this machine has a CUDA device")
-    assert main(["--device", "cuda", "--output", str(tmp_path)]) == 1
-    assert "no CUDA device" in capsys.readouterr().err
+def test_a_gpu_that_is_not_there_is_one_line(tmp_path):
+    command = [sys.executable, "-m", "harness.performance", "--device", "cuda", "--output", str(tmp_path)]
+    hidden = {**os.environ, "CUDA_VISIBLE_DEVICES": ""}
+    done = subprocess.run(command, capture_output=True, text=True, timeout=120, env=hidden)
+    assert done.returncode == 1 and len(done.stderr.splitlines()) == 1
+    assert "--device: cuda: no CUDA device is visible to torch" in done.stderr
 
 
 def test_limits_are_those_of_the_shapes(tmp_path):

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import os
 import re
-import resource
 import subprocess
 import sys
 import tempfile
@@ -251,14 +250,10 @@ def test_fault_of_a_file_is_named_and_nothing_is_left(serve, surroundings, tmp_p
     assert [list(place.iterdir()) for place in surroundings] == [[], [], []]
 
 
-def test_disk_that_takes_no_more_is_named_and_nothing_is_left(serve, tmp_path):
+def test_disk_that_takes_no_more_is_named_and_nothing_is_left(serve, tmp_path, file_size_limit):
     serve({"a.bin": bytes(2**20)})
-    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
-    resource.setrlimit(resource.RLIMIT_FSIZE, (2**17, limits[1]))
-    try:
+    with file_size_limit(2**17):
         assert re.search("the disk: File too large; set DYLO_MOE_CACHE", refusal())
-    finally:
-        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
     assert kept(tmp_path) == []
 
 

@@ -4,10 +4,8 @@ from __future__ import annotations
 
 import os
 import pickle
-import resource
 import subprocess
 import sys
-from contextlib import contextmanager
 
 import pytest
 
@@ -16,17 +14,7 @@ from dylo_moe.command_line import Parser, run_command
 from dylo_moe.errors import OutputError
 
 
-@contextmanager
-def file_size_limit(size):
-    before = resource.getrlimit(resource.RLIMIT_FSIZE)
-    resource.setrlimit(resource.RLIMIT_FSIZE, (size, before[1]))
-    try:
-        yield
-    finally:
-        resource.setrlimit(resource.RLIMIT_FSIZE, before)
-
-
-def test_files_that_belong_together_stay_the_old_ones_until_there_is_room_for_all(tmp_path):
+def test_files_that_belong_together_stay_the_old_ones_until_there_is_room_for_all(tmp_path, file_size_limit):
     small, large = tmp_path / "small", tmp_path / "large"
     write_together({small: b"old", large: b"old"})
     with file_size_limit(10), pytest.raises(OutputError) as caught:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import copy
 import json
-import resource
 from pathlib import Path
 
 import jsonschema
@@ -211,16 +210,13 @@ def test_reports_are_complete_and_escape_what_they_show(tmp_path):
     assert paths[2].read_bytes().startswith(b"\x89PNG")
 
 
-def test_reports_are_those_of_one_run_also_where_the_disk_is_full(tmp_path):
+def test_reports_are_those_of_one_run_also_where_the_disk_is_full(tmp_path, file_size_limit):
     write_reports(document(router=singles("++++++++")), tmp_path)
     before = {path.name: path.read_bytes() for path in tmp_path.iterdir()}
-    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
-    resource.setrlimit(resource.RLIMIT_FSIZE, (len(before["benchmark.json"]) + 1000, limits[1]))  # enough for the first file
-    try:
-        with pytest.raises(OutputError, match=r"benchmark\.html: File too large; make room, then run the same command again"):
-            write_reports(document(router=singles("-+++++++")), tmp_path)
-    finally:
-        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+    told = r"benchmark\.html: File too large; make room, then run the same command again"
+    enough_for_the_first = len(before["benchmark.json"]) + 1000
+    with file_size_limit(enough_for_the_first), pytest.raises(OutputError, match=told):
+        write_reports(document(router=singles("-+++++++")), tmp_path)
     assert {path.name: path.read_bytes() for path in tmp_path.iterdir()} == before
 
 

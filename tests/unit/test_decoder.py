@@ -62,6 +62,12 @@ def test_checkpoint_is_described_by_the_decoders_attributes(checkpoint, base):
     assert decoder.is_direct_completion()
 
 
+@pytest.mark.parametrize(("autocast", "dtype"), [(True, torch.float32), (False, torch.bfloat16)])
+def test_experts_on_a_base_of_16_bits_have_the_dtype_that_was_asked_for(checkpoint, autocast, dtype):
+    decoder = greedy(checkpoint, dtype="bfloat16", autocast_adapter_dtype=autocast)
+    assert {p.dtype for name, p in decoder.model.named_parameters() if "lora_" in name} == {dtype}
+
+
 def test_adapter_path_is_the_checkpoint_and_name_a_label(checkpoint):
     decoder = greedy("a label", adapter_path=str(checkpoint))
     assert str(decoder) == "a label"

@@ -95,6 +95,18 @@ OTHER = {
 }
 
 
+LOADING = ("attn_implementation", "trust_remote_code", "dtype", "device_map", "assume", "autocast_adapter_dtype")
+
+
+@pytest.mark.parametrize("name", LOADING)
+def test_model_that_was_loaded_with_other_options_is_not_used(checkpoint, tmp_path, monkeypatch, name):
+    monkeypatch.setenv("HUMANEVAL_OVERRIDE_PATH", str(write_task_set(tmp_path, "humaneval", TASKS[:1])))
+    options = {"model": str(checkpoint), "dataset": "humaneval", "greedy": True}
+    opened = Opened(plan_generation(options, ["router"]).decoder)
+    assert opened.fits(plan_generation({**options, "seed": 5}, ["router"]).decoder)
+    assert not opened.fits(plan_generation({**options, name: OTHER[name]}, ["router"]).decoder)
+
+
 def test_every_option_decides_the_identity_or_is_known_not_to(checkpoint, base, tmp_path, monkeypatch):
     assert set(inspect.signature(run_codegen).parameters) == NOT_IDENTITY | set(OTHER)
     monkeypatch.setenv("HUMANEVAL_OVERRIDE_PATH", str(write_task_set(tmp_path, "humaneval", TASKS[:2])))

@@ -5,7 +5,6 @@ from __future__ import annotations
 import contextlib
 import json
 import os
-import resource
 import signal
 import subprocess
 import sys
@@ -77,18 +76,7 @@ def test_killed_between_any_two_calls_that_write_the_next_run_ends_as_an_undistu
     assert files(tmp_path / str(number)) == expected
 
 
-@contextlib.contextmanager
-def file_size_limit(size: int):
-    """No file may grow beyond `size` bytes, which fails as a full disk does: some bytes are written, then none."""
-    before = resource.getrlimit(resource.RLIMIT_FSIZE)
-    resource.setrlimit(resource.RLIMIT_FSIZE, (size, before[1]))
-    try:
-        yield
-    finally:
-        resource.setrlimit(resource.RLIMIT_FSIZE, before)
-
-
-def test_no_room_at_any_byte_is_one_line_and_the_same_run_continues_when_there_is(tmp_path):
+def test_no_room_at_any_byte_is_one_line_and_the_same_run_continues_when_there_is(tmp_path, file_size_limit):
     generate(tmp_path / "undisturbed")
     expected = files(tmp_path / "undisturbed")
     largest = max(map(len, expected.values()))
@@ -107,7 +95,7 @@ def test_no_room_at_any_byte_is_one_line_and_the_same_run_continues_when_there_i
     assert all("\n" not in message for message in messages)
 
 
-def test_samples_that_were_written_before_the_disk_was_full_are_not_made_again(tmp_path):
+def test_samples_that_were_written_before_the_disk_was_full_are_not_made_again(tmp_path, file_size_limit):
     with SampleJournal(tmp_path, STEM, IDENTITY) as journal:
         journal.append([Record("T/0", 0, "a", "b")])
         with file_size_limit(journal.path.stat().st_size + 20), pytest.raises(SampleFileError, match="File too large"):
