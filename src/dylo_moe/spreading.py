@@ -20,7 +20,9 @@ from dylo_moe.opened import Opened
 from dylo_moe.progress import Progress
 from dylo_moe.samples import SampleJournal
 
-START_SECONDS = 120.0  # until one worker has found a place; a worker that waits behind others may wait longer
+# Until one worker has found a place and imported what it needs; one that waits behind others may wait longer. Ray's autoscaler
+# takes minutes to start a machine, and its workers have niceness 15, which is a thirtieth of a processor beside other work.
+START_SECONDS = 600.0
 SILENT_SECONDS = 900.0  # without an answer from a worker, which answers every second but while it loads a model
 DEATHS = 3  # of workers, one after the other, without a sample between them
 _KEPT = "the samples so far are kept, and the same command continues"

@@ -37,6 +37,7 @@ def environment():
         patch.setenv("RAY_AUTH_MODE", "token")
         patch.setenv("RAY_AUTH_TOKEN", "0123456789abcdef" * 2)
         patch.setenv("OMP_NUM_THREADS", "1")
+        patch.setenv("RAY_worker_niceness", "0")  # at Ray's 15 a test beside this one would leave its workers next to nothing
         patch.delenv("RAY_ADDRESS", raising=False)
         reset_auth_token_state()
         yield patch
