@@ -25,7 +25,6 @@ XLORA_SHAPES = (
     Shape(512, features="base"),
     Shape(1024, features="base"),
     Shape(1024, experts=8, features="base"),
-    Shape(1024, "all-linear", 8, features="base"),
 )
 AT_ONCE_GOALS = {4: 0.5, 8: 0.4}
 

@@ -1,6 +1,6 @@
-"""Guesses of a text's next token, from the better of two sources: a prediction, and what followed the same tokens the last time.
+"""Guesses of a text's next tokens, from the better of two sources: a prediction, and what followed the same tokens the last time.
 
-The second is prompt lookup decoding (github.com/apoorvumang/prompt-lookup-decoding), one token ahead: code repeats itself.
+The second is prompt lookup decoding (github.com/apoorvumang/prompt-lookup-decoding): code repeats itself.
 """
 
 from __future__ import annotations
@@ -29,9 +29,15 @@ class Guesser:
         return all(text.is_repeated for text in self._texts)
 
     def guess(self, predicted: Tensor) -> Tensor:
-        """predicted: (B,), what some model says comes next -> (B, 1)."""
+        """What comes next: predicted, (B,), what some model says, or what the text repeats -> (B, 1)."""
         guesses = [text.guess(token) for text, token in zip(self._texts, predicted.tolist(), strict=True)]
         return predicted.new_tensor(guesses)[:, None]
+
+    def repeat(self, count: int) -> list[list[int]]:
+        """What comes next where the texts repeat themselves: of each row as many tokens, `count` or fewer."""
+        rows = [text.repeat(count) for text in self._texts]
+        shortest = min(map(len, rows))
+        return [row[:shortest] for row in rows]
 
 
 class _Text:
@@ -40,8 +46,7 @@ class _Text:
     def __init__(self) -> None:
         self.is_repeated = False
         self._followers: dict[tuple[int | None, int] | int, int] = {}
-        self._before: int | None = None
-        self._last: int | None = None
+        self._last: tuple[int | None, int | None] = (None, None)
         self._repeated: int | None = None
         self._predicted: int | None = None
         self._predicted_chance, self._repeated_chance = _PREDICTED, _REPEATED
@@ -50,15 +55,27 @@ class _Text:
         self.is_repeated = self._repeated == token
         self._repeated_chance = _followed(self._repeated_chance, self._repeated, token)
         self._predicted_chance = _followed(self._predicted_chance, self._predicted, token)
-        if self._last is not None:
-            self._followers[self._before, self._last] = self._followers[self._last] = token
-        self._before, self._last, self._predicted = self._last, token, None
-        self._repeated = self._followers.get((self._before, token), self._followers.get(token))
+        if self._last[1] is not None:
+            self._followers[self._last] = self._followers[self._last[1]] = token
+        self._last, self._predicted = (self._last[1], token), None
+        self._repeated = self._follower(self._last)
 
     def guess(self, predicted: int) -> int:
         self._predicted = predicted
         is_better = self._repeated is not None and self._repeated_chance > self._predicted_chance
         return self._repeated if is_better else predicted
+
+    def repeat(self, count: int) -> list[int]:
+        found: list[int] = []
+        last = self._last
+        while len(found) < count and (token := self._follower(last)) is not None:
+            found.append(token)
+            last = last[1], token
+        return found
+
+    def _follower(self, last: tuple[int | None, int]) -> int | None:
+        """What came after these two the last time, or else after the second alone."""
+        return self._followers.get(last, self._followers.get(last[1]))
 
 
 def _followed(chance: float, said: int | None, token: int) -> float:

@@ -2,7 +2,12 @@
 rows of the same batch. The guess is what the feature pass itself predicts, or what the text repeats (guesser.py).
 
 Where the guess was right, the next token's routed pass can begin at once; where it was wrong, that token's feature pass runs
-first, as it does without guesses. So no token depends on a guess, beyond the rounding of a batch of another size.
+first, as it does without guesses. Where the text repeats itself, both passes take several guessed tokens behind the next one, and
+the steps of those that were right are answered without a pass. So no token depends on a guess, beyond the rounding of a batch of
+another size.
+
+Rows of wrong guesses are at most as many as tokens, and half as many as the prompt's: up to three rows of work for a token, where
+two passes do two.
 
 Shapes: B rows of the batch, V vocabulary, H hidden size.
 """
@@ -11,8 +16,9 @@ from __future__ import annotations
 
 import math
 import threading
+from collections import deque
 from collections.abc import Callable
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -20,6 +26,7 @@ from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 from transformers import Cache, PretrainedConfig, PreTrainedModel
 
+from dylo_moe.guess import Guess, with_guess_below, with_guesses_behind
 from dylo_moe.guesser import FOLLOWS, Guesser
 from dylo_moe.mixture import Mixture
 from dylo_moe.pair_cost import PairCost
@@ -33,28 +40,6 @@ _INPUTS = {"input_ids", "attention_mask", "position_ids", "past_key_values", "us
 # half a dozen are made, and then one in about twenty steps.
 _FIRST_CHANCE = 0.9
 _RECOVERS = 0.003
-
-
-@dataclass(frozen=True)
-class Guess:
-    """The next step as it may come: ids (B, 1), positions (B or 1, 1), mask (B, columns), None where nothing is masked.
-
-    features (B, 1, H), logits (B, V): what its feature pass has found, when it has run.
-    """
-
-    ids: Tensor
-    positions: Tensor
-    mask: Tensor | None
-    features: Tensor | None = None
-    logits: Tensor | None = None
-
-    def is_right(self, step: dict[str, Any]) -> Tensor:
-        """For each row, (B,)."""
-        same = ((self.ids == step["input_ids"]) & (self.positions == step["position_ids"]))[:, 0]
-        mask = step.get("attention_mask")
-        if self.mask is None or mask is None:
-            return same & (self.mask is mask)
-        return same & (self.mask == mask).all(dim=1)
 
 
 class Guesses:
@@ -80,10 +65,13 @@ class Guesses:
         self._cost = cost
         self._chance = _FIRST_CHANCE
         self._repeats = 0.0  # the chance that all rows repeat themselves
+        self._spare: int | None = None  # how many rows more may be wrong
         self._guesser = Guesser()
         self._paired: PairedCache | None = None
-        self._expected: Guess | None = None  # this step, as the last one guessed it
-        self._planned: Guess | None = None  # the next step, to be run beside this one
+        self._ahead: deque[Guess] = deque()  # the next steps, routed already or the next one's features
+        self._chain: list[Guess] = []  # the next steps, to be routed behind this one
+        self._planned: Guess | None = None  # the next step, whose feature pass is to be run beside this one
+        self._answer: Any = None  # the output of this step, where it is known
         self._is_running = False
         self._caught: list[Tensor] = []
         self._catching: RemovableHandle | None = None
@@ -91,77 +79,108 @@ class Guesses:
         self._thread = threading.get_ident()
         self._positions = _first_positions(causal_lm.config)
 
-    def features(self, step: dict[str, Any], half: Cache, run: Callable[[Cache], Tensor]) -> Tensor:
-        """Features of this step's tokens, (B, 1, H): the guess's where it was right, else of a pass.
+    def features(self, step: dict[str, Any], half: Cache, run: Callable[[dict[str, Any], Cache], Tensor]) -> Tensor:
+        """Features of this step's token, (B, 1, H), and behind them those of the guesses that are routed with it, if any.
 
         Args:
             step: arguments of the forward pass, with its cache.
             half: the cache of a feature pass without guesses.
-            run: the feature pass of this step, with such a cache.
+            run: the feature pass of these arguments, with such a cache.
         """
-        expected, self._expected, self._planned = self._expected, None, None
+        expected = self._ahead.popleft() if self._ahead else None
+        self._chain, self._planned, self._answer = [], None, None
         self._read(step)
-        if not self._can_guess(step, int(half.get_seq_length())):
+        length = int(half.get_seq_length())
+        if not self._can_guess(step, length):
             self._paired = None
-            return run(half)
-        right = None if expected is None else expected.is_right(step)
-        is_right = right is not None and self._count(bool(right.all()))
-        pays = self._cost.pays(len(step["input_ids"]), self._chance)
-        if not is_right and not pays:
+            self._ahead.clear()
+            return run(step, half)
+        self._spare = (length // 2 if self._spare is None else self._spare) + 1
+        if expected is not None and self._count(bool(expected.is_right(step).all())):
+            return self._foreseen(step, expected)
+        self._ahead.clear()
+        width = self._width(step)
+        if not width:
             self._chance = max(min(1.0, self._chance + _RECOVERS), self._repeats)
             if self._paired is None:
-                return run(half)
+                return run(step, half)
         if self._paired is None:
             self._paired = PairedCache(step["past_key_values"])
-        features = expected.features if is_right else run(self._paired.feature_rows())
+        return self._found(step, width, run)
+
+    def _foreseen(self, step: dict[str, Any], expected: Guess) -> Tensor:
+        """Features of a step that came as guessed."""
         self._paired.show_features()
-        if pays:
-            logits = expected.logits if is_right else self._logits(features)
-            self._planned = self._guess(step, logits)
+        self._answer = expected.output
+        self._spare += 1 if expected.output is None else 2
+        if expected.output is None and self._width(step) == 1:
+            self._planned = self._guess(step, expected.logits)
+        return expected.features
+
+    def _found(self, step: dict[str, Any], width: int, run: Callable[[dict[str, Any], Cache], Tensor]) -> Tensor:
+        """Features of a step that was not guessed, or wrongly, by a pass that takes along what the text may repeat."""
+        chain = self._repeated(step, width - 1) if width > 1 else []
+        features = run(with_guesses_behind(step, chain), self._paired.feature_rows(1 + len(chain)))
+        self._paired.show_features()
+        self._chain = [replace(guess, features=features[:, place : place + 1]) for place, guess in enumerate(chain, 1)]
+        self._spare -= 2 * len(chain)
+        if width and not chain:
+            self._planned = self._guess(step, self._logits(features))
         return features
 
+    def answer(self) -> Any:
+        """The output of this step, None where it takes a pass."""
+        return self._answer
+
     def widened(self, weights: Tensor, step: dict[str, Any]) -> Tensor:
-        """The weights of this step's routed rows, (B, 1, ...), and below them those of the guess that joins the step, if any."""
-        guess = self._planned
+        """The weights of this step's routed rows, (B, n, ...), and below them those of the guess that joins it, if any."""
         if self._paired is None:
             return weights
         self._is_running = True
-        if guess is None:
-            step["past_key_values"] = self._paired.routed_rows()
+        if self._answer is not None:
             return weights
-        ids, masks = step["input_ids"], (step.get("attention_mask"), guess.mask)
-        if guess.mask is None:
-            masks = ids.new_ones(len(ids), self._paired.length + 1), ids.new_ones(len(ids), self._paired.length + 2)
-        step["input_ids"] = torch.cat([ids, guess.ids])
-        step["position_ids"] = torch.cat([step["position_ids"].expand_as(ids), guess.positions.expand_as(ids)])
-        step["attention_mask"] = torch.cat([nn.functional.pad(masks[0], (1, 0)), masks[1]])
+        if self._planned is None:
+            step.update(with_guesses_behind(step, self._chain))
+            step["past_key_values"] = self._paired.routed_rows(1 + len(self._chain))
+            return weights
+        step.update(with_guess_below(step, self._planned, self._paired.length))
         step["past_key_values"] = self._paired.both_rows()
         self._catching = self._causal_lm.base_model.register_forward_hook(self._catch)
         return torch.cat([weights, torch.full_like(weights, self._weight)])
 
     def narrowed(self, output: Any) -> Any:
-        """What the step's own rows gave; what the guess gave is kept. output: of the pass, None if it failed."""
+        """What the step's own token gave; what the guesses gave is kept. output: of the pass, None if it failed."""
         if not self._is_running:
             return output
-        guess, self._planned, self._is_running = self._planned, None, False
-        if guess is not None:
+        self._is_running = False
+        if self._planned is not None:
             self._catching.remove()
         if output is None:
             return None
         self._paired.show_routed()
         output.past_key_values = self._paired.cache
-        if guess is not None:
-            rows, hidden = len(guess.ids), self._caught.pop()
-            self._expected = replace(guess, features=hidden[rows:], logits=output.logits[rows:, -1])
-            output.logits = output.logits[:rows]
+        if self._answer is None:
+            self._keep(output)
         return output
+
+    def _keep(self, output: Any) -> None:
+        """output: of the pass; its logits become those of the step alone."""
+        logits, rows = output.logits, len(output.logits)
+        for place, guess in enumerate(self._chain, 1):
+            known = type(output)(logits=logits[:, place : place + 1], past_key_values=output.past_key_values)
+            self._ahead.append(replace(guess, output=known))
+        if self._planned is not None:
+            rows, hidden = rows // 2, self._caught.pop()
+            self._ahead.append(replace(self._planned, features=hidden[rows:], logits=logits[rows:, -1]))
+        output.logits = logits[:rows, :1]
 
     def finish(self) -> None:
         """Lets go of the cache; the counts stay."""
         if self._catching is not None:
             self._catching.remove()  # a pass that Ctrl-C ended has not
         self._caught.clear()
-        self._paired = self._expected = self._planned = None
+        self._ahead.clear()
+        self._chain, self._planned, self._answer, self._paired = [], None, None, None
         self._guesser, self.choose = Guesser(), most_likely
         self._is_over = True
 
@@ -203,11 +222,18 @@ class Guesses:
             self._repeats += FOLLOWS * (self._guesser.read(step["input_ids"]) - self._repeats)
 
     def _guess(self, step: dict[str, Any], logits: Tensor) -> Guess:
-        """logits: what the feature pass predicts, (B, V)."""
-        ids = self._guesser.guess(self.choose(logits.to(step["input_ids"].device)))
-        mask = step.get("attention_mask")
-        mask = None if mask is None else nn.functional.pad(mask, (0, 1), value=1)
-        return Guess(ids, step["position_ids"] + 1, mask)
+        """The next step. logits: what the feature pass predicts, (B, V)."""
+        self._spare -= 1
+        return Guess.after(step, 1, self._guesser.guess(self.choose(logits.to(step["input_ids"].device))))
+
+    def _repeated(self, step: dict[str, Any], count: int) -> list[Guess]:
+        """The next steps, `count` or fewer, if the text repeats itself."""
+        room = self._positions - int(step["position_ids"].max()) - 1
+        columns = step["input_ids"].new_tensor(self._guesser.repeat(min(count, room))).T
+        return [Guess.after(step, place, ids[:, None]) for place, ids in enumerate(columns, 1)]
+
+    def _width(self, step: dict[str, Any]) -> int:
+        return self._cost.width(len(step["input_ids"]), self._chance, self._repeats, 1 + self._spare // 2)
 
     def _catch(self, module: nn.Module, args: tuple, output: Any) -> None:
         if threading.get_ident() == self._thread:

@@ -119,8 +119,8 @@ class DyLoRA_MoE(nn.Module):
 
     @property
     def last_guesses(self) -> tuple[int, int] | None:
-        """Of the last generation whose router needed a pass of its own: steps for which that pass ran ahead on a guessed token,
-        and how many guesses were right. None before the first one."""
+        """Of the last generation whose router needed a pass of its own: steps that were guessed before they came, and how many of
+        them came so. None before the first one."""
         guesses = self.routing.guesses
         return None if guesses is None else (guesses.made, guesses.right)
 

@@ -1,7 +1,8 @@
-"""When it pays to run a feature pass on a guess: what passes cost on this machine, by rows."""
+"""When guesses pay, and of how many tokens: what passes cost on this machine, by rows."""
 
 from __future__ import annotations
 
+import math
 import time
 from functools import cached_property
 
@@ -9,12 +10,15 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-# A pass of 2 n rows, in passes of n rows, where that does not have to be measured. Never: it is two passes.
-_NEVER = 2.0
+# Tokens of a pass with guesses.
+WIDTHS = (2, 3, 4, 6, 8, 16)
+# In passes of one token of a batch, where that does not have to be measured.
+_TWO_PASSES = 2.0
 _BY_BYTES = 1.2  # reading the weights is nearly all of it
-_CHEAP = 1.4  # products that are measured below this are so
-_FEW_ROWS = {"cpu": 4, "cuda": 16}
-_WITHOUT_BFLOAT16 = 1.7  # one row of bfloat16 on a processor that has no such products; measured
+_MANY_ROWS = {"cpu": 8, "cuda": 32}  # beyond these it is not
+# Rows of bfloat16 on a processor that has no such products, from the second on: measured.
+_FIRST_ROWS, _EACH_ROW = 1.3, 0.24
+_HARDLY_REPEATS = 0.2  # several guesses are not tried
 # Numbers of weights that a measurement reads: more than a processor keeps.
 _SAMPLE = 2**24
 _REPEATS = 3
@@ -29,32 +33,44 @@ class PairCost:
 
     def __init__(self, causal_lm: PreTrainedModel) -> None:
         self._causal_lm = causal_lm
-        self._measured: dict[tuple[int, torch.dtype, int], float] = {}
+        self._measured: dict[tuple[int, int, torch.dtype, int], float] = {}
 
-    def pays(self, rows: int, chance: float) -> bool:
-        """Whether steps of so many rows, each guessed rightly with this chance, cost less than two passes each.
+    def width(self, rows: int, chance: float, repeats: float, widest: int) -> int:
+        """How many tokens the next passes should take, so that a token costs least.
 
-        A wrong guess costs the feature pass again, and its prediction.
+        0: one, in two passes. 1: one, in a pass that finds the features of a guessed next one beside it. More: the next one and
+        guesses of those after it, in a feature pass and then a routed one.
+
+        Args:
+            rows: of the batch.
+            chance: that the next token is guessed rightly.
+            repeats: that a token is what the text repeats, which is all that several guesses can be made from.
+            widest: how many tokens they may take.
         """
-        return self.pair(rows) + (1 - chance) * (1 + self._head_share) < _NEVER
+        # A wrong guess costs the feature pass again, and its prediction.
+        costs = {0: _TWO_PASSES, 1: self._wide(rows, 2) + (1 - chance) * (1 + self._head_share)}
+        for width in WIDTHS if repeats > _HARDLY_REPEATS else ():
+            if width <= widest:
+                costs[width] = 2 * self._wide(rows, width) / tokens_of_use(width, repeats)
+        return min(costs, key=costs.get)
 
-    def pair(self, rows: int) -> float:
-        """A pass of 2 * rows, in passes of so many rows."""
-        weight = self._causal_lm.get_output_embeddings().weight
+    def _wide(self, rows: int, times: int) -> float:
+        """A pass over so many times the rows; infinite where it is not known to cost less than as many passes."""
+        weight, all_rows = self._causal_lm.get_output_embeddings().weight, times * rows
         if weight.device.type != "cpu":
-            return _BY_BYTES if rows <= _FEW_ROWS["cuda"] else _NEVER
+            return _BY_BYTES if all_rows <= _MANY_ROWS["cuda"] else math.inf
         if weight.dtype in (torch.float32, torch.float64):
-            return _BY_BYTES if self._ratio(weight.dtype, rows) < _CHEAP else _NEVER
-        if weight.dtype != torch.bfloat16 or rows > _FEW_ROWS["cpu"]:
-            return _NEVER
+            return max(_BY_BYTES, self._ratio(weight.dtype, rows, all_rows))
+        if weight.dtype != torch.bfloat16 or all_rows > _MANY_ROWS["cpu"]:
+            return math.inf
         if torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported():
             return _BY_BYTES
-        return _WITHOUT_BFLOAT16 if rows == 1 and torch.cpu._is_avx512_supported() else _NEVER
+        return _of_bfloat16(all_rows) / _of_bfloat16(rows) if torch.cpu._is_avx512_supported() else math.inf
 
-    def _ratio(self, dtype: torch.dtype, rows: int) -> float:
-        key = (rows, dtype, torch.get_num_threads())
+    def _ratio(self, dtype: torch.dtype, rows: int, all_rows: int) -> float:
+        key = (rows, all_rows, dtype, torch.get_num_threads())
         if key not in self._measured:
-            self._measured[key] = _measure([weight for weight in self._sample() if weight.dtype == dtype], rows)
+            self._measured[key] = _measure([weight for weight in self._sample() if weight.dtype == dtype], rows, all_rows)
         return self._measured[key]
 
     def _sample(self) -> list[Tensor]:
@@ -75,15 +91,25 @@ class PairCost:
         return readout / max(1, rest)
 
 
-def _measure(weights: list[Tensor], rows: int) -> float:
-    """Time of products with 2 * rows over that with so many rows, of the fastest of a few."""
+def tokens_of_use(width: int, chance: float) -> float:
+    """Of those that a pass routes, in the mean: the first, and each other one if all guesses up to it are right."""
+    return sum(chance**place for place in range(width))
+
+
+def _of_bfloat16(rows: int) -> float:
+    """A product of so many rows, in products of one."""
+    return 1.0 if rows == 1 else _FIRST_ROWS + _EACH_ROW * rows
+
+
+def _measure(weights: list[Tensor], rows: int, all_rows: int) -> float:
+    """Time of products with all rows over that with `rows`, of the fastest of a few."""
     if not weights:
-        return _NEVER
-    fastest = {rows: float("inf"), 2 * rows: float("inf")}
+        return math.inf
+    fastest = {rows: math.inf, all_rows: math.inf}
     for _ in range(_REPEATS):
         for count in fastest:
             start = time.process_time()
             for weight in weights:
                 nn.functional.linear(weight[:1].expand(count, -1).contiguous(), weight)
             fastest[count] = min(fastest[count], time.process_time() - start)
-    return fastest[2 * rows] / fastest[rows]
+    return fastest[all_rows] / fastest[rows]

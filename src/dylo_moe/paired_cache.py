@@ -45,19 +45,19 @@ class PairedCache:
         """Whether `cache` is this one, and nobody else has written to it, cut it or moved its rows."""
         return cache is self.cache and all(pair.is_intact() for pair in self._pairs)
 
-    def feature_rows(self) -> Cache:
-        """For a pass over the feature rows' next token, (B, 1)."""
-        self._reserve()
+    def feature_rows(self, tokens: int) -> Cache:
+        """For a pass over the feature rows' next tokens, (B, tokens)."""
+        self._reserve(tokens)
         return self._view([RoomyLayer.over(*pair.feature_rooms, self.length) for pair in self._pairs])
 
-    def routed_rows(self) -> Cache:
-        """For a pass over the routed rows' next token, (B, 1)."""
-        self._reserve()
+    def routed_rows(self, tokens: int) -> Cache:
+        """For a pass over the routed rows' next tokens, (B, tokens)."""
+        self._reserve(tokens)
         return self._view([RoomyLayer.over(*pair.routed_rooms, self.length) for pair in self._pairs])
 
     def both_rows(self) -> Cache:
         """For a pass over the routed rows' next token and the feature rows' one after that, (2B, 1)."""
-        self._reserve()
+        self._reserve(1)
         return self._view([RoomyLayer.over(*pair.rooms, self.length + 1) for pair in self._pairs])
 
     def show_features(self) -> None:
@@ -66,14 +66,15 @@ class PairedCache:
             pair.show(self.length, self.length + 1)
 
     def show_routed(self) -> None:
-        """The cache's routed half has it too. The feature rows may have another one, which stays hidden."""
+        """The cache's routed half has it too. What the rows have after it stays hidden."""
         self.length += 1
         for pair in self._pairs:
             pair.show(self.length, self.length)
 
-    def _reserve(self) -> None:
+    def _reserve(self, tokens: int) -> None:
+        """Room for so many tokens of both halves: what is hidden would not survive a move between their passes."""
         for pair in self._pairs:
-            pair.reserve(self.length + 2)
+            pair.reserve(self.length + 1 + tokens)
 
     def _view(self, layers: list) -> Cache:
         view = copy.copy(self.cache)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Iterator, Mapping
-from contextlib import AbstractContextManager, contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from enum import Enum
 from typing import Any
 
@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
+from dylo_moe.answering import Answering
 from dylo_moe.errors import RoutingError
 from dylo_moe.formats.checkpoint import ROUTER_FEATURES
 from dylo_moe.guessing import Guesses
@@ -76,6 +77,7 @@ class Routing:
         self.pair_cost: PairCost | None = PairCost(causal_lm)
         self.guesses: Guesses | None = None
         self._sight = Sight(causal_lm, mixture, features)
+        self._answering = Answering(causal_lm, self._answer)
         self.now = _Now()
         self._takes_positions = "position_ids" in inspect.signature(causal_lm.forward).parameters
         self.removed = False
@@ -117,7 +119,8 @@ class Routing:
         guessing = None if self.mixture.held is None else self._new_guesses()
         self._guessing, self.guesses = guessing, guessing or self.guesses
         try:
-            yield
+            with nullcontext() if guessing is None else self._answering.installed():
+                yield
         finally:
             if guessing is not None:
                 guessing.finish()
@@ -186,6 +189,11 @@ class Routing:
 
     def _guesses_here(self) -> Guesses | None:
         return self._guessing if self._routed_by_router and not torch.compiler.is_compiling() else None
+
+    def _answer(self) -> Any:
+        """The output of the pass under way, where guesses have found it."""
+        guesses = self._guesses_here()
+        return None if guesses is None else guesses.answer()
 
     def _counted(self, kwargs: dict[str, Any]) -> Tensor | None:
         """The pass's attention mask, where the router counts tokens and must leave padding out."""
@@ -262,7 +270,7 @@ class Routing:
         if isinstance(route, int):
             ids = torch.full((rows, length), route, device=self.causal_lm.device)
             return nn.functional.one_hot(ids, self.mixture.num_experts).to(torch.float32)
-        return route.expand(rows, length, *route.shape[2:])
+        return route[:, :length].expand(rows, length, *route.shape[2:])  # guesses that are routed beside a step come after it
 
     def _router_route(self, kwargs: dict[str, Any]) -> Route:
         if self.router is None:

@@ -5,7 +5,6 @@ Shapes: B batch, S sequence, H hidden size.
 
 from __future__ import annotations
 
-from functools import partial
 from typing import Any
 
 import torch
@@ -70,7 +69,7 @@ class Sight:
         inputs["past_key_values"] = cache
         half = feature_half(cache, self.causal_lm.config.num_hidden_layers)
         if guesses is not None:
-            return guesses.features(inputs, half, partial(self._pass, inputs))
+            return guesses.features(inputs, half, self._pass)
         return self._pass(inputs, half)
 
     def _pass(self, inputs: dict[str, Any], cache: Cache | None) -> Tensor:

@@ -54,3 +54,12 @@ def test_other_rows_begin_anew():
     guesser.read(torch.tensor([[1, 2] * 6]))
     guesser.read(torch.tensor([[1], [1]]))
     assert guesser.guess(torch.tensor([PREDICTED, PREDICTED])).tolist() == [[PREDICTED], [PREDICTED]]
+
+
+def test_texts_are_repeated_as_far_as_all_of_them_are_known():
+    guesser = Guesser()
+    guesser.read(torch.tensor([[1, 2, 3, 1, 2], [4, 5, 6, 7, 4]]))
+    assert guesser.repeat(5) == [[3, 1, 2, 3, 1], [5, 6, 7, 4, 5]]
+    assert guesser.repeat(2) == [[3, 1], [5, 6]]
+    guesser.read(torch.tensor([[3], [9]]))
+    assert guesser.repeat(3) == [[], []], "nothing has followed 9"

@@ -8,7 +8,8 @@ from transformers import LogitsProcessor
 from transformers.models.llama.modeling_llama import LlamaDecoderLayer
 
 from dylo_moe import load_checkpoint
-from tests.unit.runtime.test_threads import GREEDY, Always
+from tests.unit.runtime.price import Always
+from tests.unit.runtime.test_threads import GREEDY
 
 
 class Asking(LogitsProcessor):

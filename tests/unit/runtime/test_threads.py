@@ -12,15 +12,9 @@ from transformers.models.llama.modeling_llama import LlamaDecoderLayer
 
 from dylo_moe import load_checkpoint
 from dylo_moe.guessing import Guesses
+from tests.unit.runtime.price import Always
 
 GREEDY = {"max_new_tokens": 6, "min_new_tokens": 6, "do_sample": False, "pad_token_id": 0}
-
-
-class Always:
-    """A price at which guesses pay."""
-
-    def pays(self, rows: int, chance: float) -> bool:
-        return True
 
 
 def interleaved(monkeypatch, first, second, *, call: int) -> list:
