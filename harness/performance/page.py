@@ -21,7 +21,8 @@ that for a training step; of memory beside the loop's, the base's own step, less
 bench`, between two tests of the clock that refuse a machine on which a product does not take as long as itself.
 `performance/performance.json` has every pair, in pytest-benchmark's format. The load average says how busy the machine was with
 other work: bounds widen with it, and small passes suffer most. Cells that the command knows and this page lacks have not been
-measured.
+measured. What these random models write repeats itself more than code does: with features `base`, which X-LoRA has, more can be
+guessed ahead than elsewhere; where nothing can be ("wrong guesses") a token costs two passes.
 """
 
 

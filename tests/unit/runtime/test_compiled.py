@@ -31,7 +31,7 @@ def test_generation_that_transformers_compiles_follows_a_changed_weight(specimen
     compiled._compile_all_devices = True
     torch._dynamo.reset()
     counters.clear()
-    for factor in (1, -3):
+    for factor in (1, -3, 0.5, 2):
         with torch.no_grad():
             for layer in model.routed_layers().values():
                 layer.lora_B[model.expert_names[1]].weight.mul_(factor)
