@@ -225,6 +225,17 @@ def test_right_rows_do_not_count(specimens, ids):
     assert len(passes[2:]) <= 10, "wider and wider"
 
 
+def test_guesses_begin_again_where_the_text_starts_to_repeat_itself(specimens, ids):
+    model, ids = model_with(specimens, 1), ids[:1, :9]
+    model.routing.pair_cost = cost = PairCost(model.causal_lm)
+    threads = torch.get_num_threads()
+    cost._measured = {(1, times, torch.float64, threads): 1.05 if times == 2 else 99.0 for times in pair_cost.WIDTHS}
+    unlike = torch.randperm(300, generator=torch.Generator().manual_seed(2))[None, :14]
+    guesses, _ = assert_as_two_passes(model, ids, torch.cat([unlike, torch.tensor([[11, 7, 5]]).repeat(1, 20)], dim=1))
+    assert guesses.made - guesses.right < 12
+    assert guesses.right > 15
+
+
 def test_forward_is_the_models_own_again_after_a_generation(specimens, ids):
     model = model_with(specimens, 3)
     before = dict(vars(model.causal_lm))

@@ -11,7 +11,7 @@ from transformers import LogitsProcessor, LogitsProcessorList
 from dylo_moe import PeftMoEDecoder, load_checkpoint
 from dylo_moe.caches import halves
 from dylo_moe.guessing import Guesses
-from dylo_moe.pair_cost import WIDTHS, PairCost
+from dylo_moe.pair_cost import PairCost
 from dylo_moe.paired_cache import can_pair
 from dylo_moe.sampling import foreseen_choice
 from tests.unit.runtime.price import Always
@@ -388,20 +388,6 @@ def test_text_that_repeats_itself_is_guessed_against_the_prediction(specimens, i
     assert guesses.made == 35
     assert guesses.right >= 30
     assert_same(found, plain_run(model, ids[:1], tokens)[0])
-
-
-def test_guesses_begin_again_where_the_text_starts_to_repeat_itself(specimens, ids):
-    model = model_of(specimens)
-    model.routing.pair_cost = cost = PairCost(model.causal_lm)
-    threads = torch.get_num_threads()
-    cost._measured = {(1, times, torch.float64, threads): 1.05 if times == 2 else 99.0 for times in (2, *WIDTHS)}
-    unlike = torch.randperm(300, generator=torch.Generator().manual_seed(2))[None, :14]
-    tokens = torch.cat([unlike, torch.tensor([[11, 7, 5]]).repeat(1, 10)], dim=1)
-    found, _ = guessed_run(model, ids[:1], tokens)
-    guesses = model.routing.guesses
-    assert guesses.made - guesses.right < 12
-    assert guesses.right > 10
-    assert_same(found, plain_run(model, ids[:1], tokens)[0], torch.float32)  # in which the norms and the router compute
 
 
 def test_price_of_wide_batches_is_two_passes_where_products_are_no_cheaper(specimens):
