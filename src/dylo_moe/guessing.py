@@ -72,6 +72,7 @@ class Guesses:
         self._chain: list[Guess] = []  # the next steps, to be routed behind this one
         self._planned: Guess | None = None  # the next step, whose feature pass is to be run beside this one
         self._answer: Any = None  # the output of this step, where it is known
+        self._is_ready = False  # the features of the pass under way were asked for
         self._is_running = False
         self._caught: list[Tensor] = []
         self._catching: RemovableHandle | None = None
@@ -88,7 +89,7 @@ class Guesses:
             run: the feature pass of these arguments, with such a cache.
         """
         expected = self._ahead.popleft() if self._ahead else None
-        self._chain, self._planned, self._answer = [], None, None
+        self._chain, self._planned, self._answer, self._is_ready = [], None, None, False
         self._read(step)
         length = int(half.get_seq_length())
         if not self._can_guess(step, length):
@@ -110,6 +111,7 @@ class Guesses:
 
     def _foreseen(self, step: dict[str, Any], expected: Guess) -> Tensor:
         """Features of a step that came as guessed."""
+        self._is_ready = True
         self._paired.show_features()
         self._answer = expected.output
         self._spare += 1 if expected.output is None else 2
@@ -119,6 +121,7 @@ class Guesses:
 
     def _found(self, step: dict[str, Any], width: int, run: Callable[[dict[str, Any], Cache], Tensor]) -> Tensor:
         """Features of a step that was not guessed, or wrongly, by a pass that takes along what the text may repeat."""
+        self._is_ready = True
         chain = self._repeated(step, width - 1) if width > 1 else []
         features = run(with_guesses_behind(step, chain), self._paired.feature_rows(1 + len(chain)))
         self._paired.show_features()
@@ -130,13 +133,13 @@ class Guesses:
 
     def answer(self) -> Any:
         """The output of this step, None where it takes a pass."""
-        return self._answer
+        return self._answer if self._is_running else None
 
     def widened(self, weights: Tensor, step: dict[str, Any]) -> Tensor:
         """The weights of this step's routed rows, (B, n, ...), and below them those of the guess that joins it, if any."""
-        if self._paired is None:
+        if not self._is_ready:  # a pass without a cache, beside the steps
             return weights
-        self._is_running = True
+        self._is_ready, self._is_running = False, True
         if self._answer is not None:
             return weights
         if self._planned is None:

@@ -218,6 +218,20 @@ def test_wrong_rows_are_at_most_as_many_as_tokens_and_half_the_prompts(specimens
     assert wrong < 3 or max(tokens for _, tokens in passes[2:]) > 3
 
 
+@pytest.mark.parametrize("width", [1, 3])
+def test_a_pass_without_a_cache_between_steps_gets_nothing_of_them(specimens, ids, width):
+    model, text = model_with(specimens, width), repeated(ids)
+    with torch.no_grad():
+        wanted = model.causal_lm(ids[:, :5], use_cache=False).logits
+
+    def look(found):
+        assert_same(model.causal_lm(ids[:, :5], use_cache=False).logits, wanted)
+
+    for at in range(2, 7):
+        with torch.no_grad():
+            assert_as_two_passes(model, ids, text, change=look, at=at)
+
+
 def test_right_rows_do_not_count(specimens, ids):
     model, text = model_with(specimens, 1), repeated(ids[:1], 60)
     model.routing.pair_cost = Wide()
