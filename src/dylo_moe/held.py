@@ -56,13 +56,24 @@ class Held:
             self._sums[id(layer)] = sums.stacked()
         return self._sums[id(layer)]
 
+    def kept_sums(self, layer: LoraLinear) -> Sums | None:
+        """The layer's, if it has a stack already."""
+        return self._sums.get(id(layer))
+
     def check(self) -> None:
         """Forgets the stacks if any weight was replaced, moved or written to since they were made."""
         is_same = all(map(is_, map(_WEIGHT, self._owners), self._weights))
         is_same = is_same and list(map(_VERSION, self._weights)) == self._versions
         if not (is_same and list(map(Tensor.data_ptr, self._weights)) == self._places):
-            for kept in (self.plain, self._sums, self._owners, self._weights, self._versions, self._places):
-                kept.clear()
+            self.release()
+
+    def release(self) -> None:
+        """Forgets the stacks; their memory is free at once."""
+        for plain in self.plain.values():
+            plain.alone.dissolve()
+            plain.together.dissolve()
+        for kept in (self.plain, self._sums, self._owners, self._weights, self._versions, self._places):
+            kept.clear()
 
 
 def only_known_code(model: nn.Module, options: Mapping[str, Any]) -> bool:

@@ -16,7 +16,7 @@ from peft.tuners.lora import Linear as LoraLinear
 from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
-from dylo_moe.spread import Signature, Spread
+from dylo_moe.spread import Ahead, Signature, Spread
 from dylo_moe.sums import Sums, add_dense, add_grouped
 
 # Base layers whose output is nobody else's.
@@ -24,9 +24,7 @@ FRESH = (nn.Linear, Conv1D)
 
 # Looked at in every pass, for each expert of each layer.
 _WEIGHT, _SHAPE, _PARAMETERS = methodcaller("get", "weight"), attrgetter("shape"), attrgetter("_parameters")
-# Products of fewer rows than these, or of so many columns, are as quick one by one.
-FEW = 16
-MANY = 512
+MANY = 512  # columns: products of so many are as quick one by one
 _MOST_KINDS = 4096
 
 
@@ -76,7 +74,7 @@ class Plain:
         self.base_dtype = self._parts[0].weight.dtype
         self._width = self._expands[0]["weight"].shape[0]
         self.alone = Together({layer: self})
-        self.together: Together | None = None  # with those that were last found to read the same
+        self.together = self.alone  # with those that were last found to read the same
 
     @property
     def shrinks(self) -> list[Tensor]:
@@ -117,10 +115,14 @@ class Plain:
 
 
 class Together:
-    """The A of layers that read one tensor. members: in the order in which they read it."""
+    """The A of layers that read one tensor. members: in the order in which they read it.
+
+    ahead: what its first has worked out for the others in a graph, where each layer has a spread of its own.
+    """
 
     def __init__(self, members: dict[LoraLinear, Plain]) -> None:
         self.members = members
+        self.ahead = Ahead()
         self._plains = list(members.values())
         self._widths = [plain.rank for plain in self._plains]
         # Where all have the same, one layer's factors are everyone's.
@@ -152,6 +154,11 @@ class Together:
         """What `hidden` gave, for each layer."""
         of_each = [None] * len(self._plains) if hidden is None else hidden.split_with_sizes(self._widths, 1)
         return dict(zip(self.members, zip(self._plains, of_each, strict=True), strict=True))
+
+    def dissolve(self) -> None:
+        """Refers to nobody any longer: its members refer to it, and such circles would live until they are looked for."""
+        self.members.clear()
+        self._plains.clear()
 
     @property
     def _shrink(self) -> Tensor:

@@ -17,7 +17,7 @@ from dylo_moe.errors import RoutingError
 from dylo_moe.gradients import add_lean
 from dylo_moe.held import EVERY, EVERY_PRE
 from dylo_moe.mixture import Mixture
-from dylo_moe.plain import FEW, FRESH, Plain, Together, fits, may_join
+from dylo_moe.plain import FRESH, Plain, Together, fits, may_join
 from dylo_moe.quantised import keep_scales
 from dylo_moe.sums import Sums, add_dense, add_grouped
 
@@ -80,23 +80,22 @@ class RoutedLinear(LoraLinear):
         spread = mixture.pass_spread(x)
         if spread is None:
             return None
-        if spread.tokens < FEW:
-            if kept is not None:
-                return kept.mixed(x, spread)
-        elif spread.ahead[0] is x and self in spread.ahead[1]:
-            plain, hidden = spread.ahead[1].pop(self)
-            if not spread.ahead[1]:
-                spread.ahead = (None, {})
+        if spread.is_small and kept is not None:
+            return kept.mixed(x, spread)
+        ahead = kept.together.ahead if kept is not None and torch.compiler.is_compiling() else spread.ahead
+        known = ahead.taken(x, self)
+        if known is not None:
+            plain, hidden = known
             return plain.finished(x, spread, hidden)
         plain = self._plain_now()
         if plain is None or x.dtype is not plain.base_dtype or x.device != plain.device:
             return None
-        if spread.tokens < FEW or not self.siblings or torch.compiler.is_compiling():
+        if spread.is_small or not self.siblings:
             return plain.mixed(x, spread)
         together = self._together(plain)
         parts = together.parts(together.hidden(x, spread))
         _, hidden = parts.pop(self)
-        spread.ahead = (x, parts)
+        ahead.put(x, parts)
         return plain.finished(x, spread, hidden)
 
     def _plain_now(self) -> Plain | None:
@@ -118,12 +117,19 @@ class RoutedLinear(LoraLinear):
     def _together(self, plain: Plain) -> Together:
         """With its siblings, where one product for all of them is quicker."""
         layers = (self, *self.siblings)
+        if torch.compiler.is_compiling():
+            return plain.together
         if EVERY or EVERY_PRE or any(layer._forward_hooks or layer._forward_pre_hooks for layer in layers):
             return plain.alone  # a hook may write into what they read
         plains = [plain, *(layer._plain_now() for layer in self.siblings)]
-        if plain.together is None or plains != list(plain.together.members.values()):
-            plain.together = Together(dict(zip(layers, plains, strict=True))) if may_join(plains) else plain.alone
-        return plain.together
+        if plains == list(plain.together.members.values()):
+            return plain.together
+        if not may_join(plains):
+            return plain.alone
+        together = Together(dict(zip(layers, plains, strict=True)))
+        for one in plains:
+            one.together = together
+        return together
 
     def mix(self, x: Tensor, weights: Tensor) -> Tensor:
         """The layer alone. x: (B, S, in); weights: (B, S, E), or (B, 1, E) for the whole sequence -> (B, S, out)."""
@@ -210,9 +216,12 @@ class RoutedLinear(LoraLinear):
         return add_dense(result, x.to(sums.dtype), spread, sums)
 
     def _sums(self, experts: list[tuple[int, str]]) -> Sums:
-        if self.mixture.held is not None and not (torch.is_grad_enabled() or torch.compiler.is_compiling()):
-            return self.mixture.held.sums_of(self, lambda: self._sums_now(experts))
-        return self._sums_now(experts)
+        held = self.mixture.held
+        if held is None or torch.is_grad_enabled():
+            return self._sums_now(experts)
+        if torch.compiler.is_compiling():
+            return held.kept_sums(self) or self._sums_now(experts)
+        return held.sums_of(self, lambda: self._sums_now(experts))
 
     def _sums_now(self, experts: list[tuple[int, str]]) -> Sums:
         lora_A, lora_B, scaling = self.lora_A._modules, self.lora_B._modules, self.scaling

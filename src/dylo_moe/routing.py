@@ -124,6 +124,8 @@ class Routing:
         finally:
             if guessing is not None:
                 guessing.finish()
+            if self.mixture.held is not None:
+                self.mixture.held.release()
             self.mixture.held, self._guessing = previous, outer
 
     @contextmanager

@@ -18,6 +18,18 @@ Signature = tuple[tuple[int, float, int], ...]
 # Pairs of one gathered piece: small enough for the cache, large enough that moving them costs few calls.
 _CHUNK = 256
 _MOST_LAYOUTS = 256
+_FEW = 16  # rows of which a CPU multiplies several matrices as quickly one by one
+
+
+def runs(signature: Signature) -> list[tuple[int, int, float, int]]:
+    """(first column, last column, scaling, rank) of neighbours that are alike."""
+    found: list[tuple[int, int, float, int]] = []
+    for column, scaling, rank in signature:
+        if found and found[-1][1:] == (column - 1, scaling, rank):
+            found[-1] = (found[-1][0], column, scaling, rank)
+        else:
+            found.append((column, column, scaling, rank))
+    return found
 
 
 @dataclass(frozen=True)
@@ -31,6 +43,28 @@ class Chunk:
     factors: Tensor
     places: list[int]
     sizes: list[int]
+
+
+class Ahead:
+    """What a layer has worked out for those that read the same tensor after it."""
+
+    def __init__(self) -> None:
+        self._read: Tensor | None = None
+        self._parts: dict[nn.Module, tuple] = {}
+
+    def put(self, read: Tensor, parts: dict[nn.Module, tuple]) -> None:
+        """parts: for each of those layers."""
+        if parts:
+            self._read, self._parts = read, parts
+
+    def taken(self, read: Tensor, layer: nn.Module) -> tuple | None:
+        """The layer's part, once; None where there is none, or where it reads another tensor."""
+        if self._read is not read or layer not in self._parts:
+            return None
+        part = self._parts.pop(layer)
+        if not self._parts:
+            self._read = None
+        return part
 
 
 class Spread:
@@ -47,11 +81,11 @@ class Spread:
         self.weights = weights.to(torch.promote_types(weights.dtype, torch.float32))
         self.shape = shape
         self.tokens = shape[0] * shape[1]
+        self.is_small = self.tokens < _FEW and weights.device.type == "cpu" and not torch.compiler.is_compiling()
         self.grows = torch.is_grad_enabled()  # the rest is worked out with a graph
         self.choices: dict[tuple, bool] = {}  # dense or grouped, for the layers so far
         self.plans: dict[int, Tensor | bool] = {}  # the factors for each kind of plain layers, False where grouped does less work
-        # What a layer has worked out for those that read the same tensor after it: that tensor, and each one's part.
-        self.ahead: tuple[Tensor | None, dict[nn.Module, tuple]] = (None, {})
+        self.ahead = Ahead()
         self._layouts = layouts
         self._factors: dict[Signature, Tensor] = {}
         self._factors_of_tokens: dict[Signature, Tensor] = {}
@@ -60,9 +94,20 @@ class Spread:
     def factors(self, signature: Signature) -> Tensor:
         """Weights times scalings at each of the stacked rows, (B|1, S|1, R)."""
         if signature not in self._factors:
-            columns, scales = self._layout(signature)
-            self._factors[signature] = self.weights.index_select(-1, columns) * scales
+            if torch.compiler.is_compiling():
+                self._factors[signature] = self._factors_without_layout(signature)
+            else:
+                columns, scales = self._layout(signature)
+                self._factors[signature] = self.weights.index_select(-1, columns) * scales
         return self._factors[signature]
+
+    def _factors_without_layout(self, signature: Signature) -> Tensor:
+        """For a graph: a tensor that it made of numbers would be copied from the host each time, which no CUDA graph holds."""
+        parts = []
+        for first, last, scaling, rank in runs(signature):
+            scaled = self.weights[..., first : last + 1] * scaling
+            parts.append(scaled.unsqueeze(-1).expand(*scaled.shape, rank).flatten(-2))
+        return parts[0] if len(parts) == 1 else torch.cat(parts, dim=-1)
 
     def factors_of_tokens(self, signature: Signature) -> Tensor:
         """The same for every token, (T, R)."""

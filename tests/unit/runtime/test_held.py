@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import gc
+import weakref
+
 import pytest
 import torch
 from torch.nn.modules.module import register_module_forward_hook, register_module_forward_pre_hook
@@ -10,6 +13,7 @@ from transformers import LogitsProcessor, LogitsProcessorList, PrefixConstrained
 
 from dylo_moe import load_checkpoint
 from dylo_moe.held import only_known_code
+from dylo_moe.sums import Sums
 
 STEPS = 5
 GREEDY = {"max_new_tokens": STEPS, "min_new_tokens": STEPS, "do_sample": False, "pad_token_id": 0}
@@ -214,3 +218,36 @@ def test_frozen_inference_weights_are_not_held(model, ids):
             before = model(ids).logits
             weight(model).mul_(-3)
             assert (model(ids).logits - before).abs().max() > 1e-3
+
+
+def test_the_memory_of_stacks_is_free_when_the_generation_is_over(model, ids):
+    """Without the garbage collector, which does not know how large they are."""
+    made = []
+    stacked = Sums.stacked
+    gc.collect()
+    gc.disable()
+    try:
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(Sums, "stacked", lambda sums: made.append(stacked(sums)) or made[-1])
+            model.generate(ids, **GREEDY)
+        kept = [weakref.ref(tensor) for sums in made for tensor in sums.stack]
+        assert len(kept) == 2 * len(model.routed_layers())
+        made.clear()
+        assert not any(tensor() is not None for tensor in kept)
+    finally:
+        gc.enable()
+
+
+def test_steps_of_few_rows_share_products_where_that_is_quicker(model, ids, monkeypatch):
+    """As on a GPU, where each product is launched."""
+    columns = []
+    multiply = torch.mm
+    monkeypatch.setattr(torch, "mm", lambda x, matrix: columns.append(matrix.shape[1]) or multiply(x, matrix))
+    wanted = logits(model.generate, ids)
+    alone, columns[:] = list(columns), []
+    monkeypatch.setattr("dylo_moe.spread._FEW", 0)
+    got = logits(model.generate, ids)
+    torch.testing.assert_close(got, wanted, rtol=1e-5, atol=1e-5)
+    assert sum(columns) == sum(alone)
+    layers = model.routed_layers().values()
+    assert len(alone) - len(columns) == (STEPS - 1) * sum(bool(layer.siblings) for layer in layers)
