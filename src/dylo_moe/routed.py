@@ -80,22 +80,21 @@ class RoutedLinear(LoraLinear):
         spread = mixture.pass_spread(x)
         if spread is None:
             return None
-        if spread.is_small and kept is not None:
+        if kept is not None and not kept.has_company:
             return kept.mixed(x, spread)
-        ahead = kept.together.ahead if kept is not None and torch.compiler.is_compiling() else spread.ahead
-        known = ahead.taken(x, self)
+        known = (spread if kept is None else kept.together).ahead.taken(x, self)
         if known is not None:
             plain, hidden = known
             return plain.finished(x, spread, hidden)
         plain = self._plain_now()
         if plain is None or x.dtype is not plain.base_dtype or x.device != plain.device:
             return None
-        if spread.is_small or not self.siblings:
+        if not self.siblings:
             return plain.mixed(x, spread)
-        together = self._together(plain)
+        together = self._together(plain) if kept is None else kept.together
         parts = together.parts(together.hidden(x, spread))
         _, hidden = parts.pop(self)
-        ahead.put(x, parts)
+        (spread if plain.stack is None else together).ahead.put(x, parts)
         return plain.finished(x, spread, hidden)
 
     def _plain_now(self) -> Plain | None:
@@ -117,8 +116,6 @@ class RoutedLinear(LoraLinear):
     def _together(self, plain: Plain) -> Together:
         """With its siblings, where one product for all of them is quicker."""
         layers = (self, *self.siblings)
-        if torch.compiler.is_compiling():
-            return plain.together
         if EVERY or EVERY_PRE or any(layer._forward_hooks or layer._forward_pre_hooks for layer in layers):
             return plain.alone  # a hook may write into what they read
         plains = [plain, *(layer._plain_now() for layer in self.siblings)]
@@ -128,7 +125,7 @@ class RoutedLinear(LoraLinear):
             return plain.alone
         together = Together(dict(zip(layers, plains, strict=True)))
         for one in plains:
-            one.together = together
+            one.together, one.has_company = together, True
         return together
 
     def mix(self, x: Tensor, weights: Tensor) -> Tensor:

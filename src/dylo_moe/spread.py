@@ -18,7 +18,6 @@ Signature = tuple[tuple[int, float, int], ...]
 # Pairs of one gathered piece: small enough for the cache, large enough that moving them costs few calls.
 _CHUNK = 256
 _MOST_LAYOUTS = 256
-_FEW = 16  # rows of which a CPU multiplies several matrices as quickly one by one
 
 
 def runs(signature: Signature) -> list[tuple[int, int, float, int]]:
@@ -81,7 +80,6 @@ class Spread:
         self.weights = weights.to(torch.promote_types(weights.dtype, torch.float32))
         self.shape = shape
         self.tokens = shape[0] * shape[1]
-        self.is_small = self.tokens < _FEW and weights.device.type == "cpu" and not torch.compiler.is_compiling()
         self.grows = torch.is_grad_enabled()  # the rest is worked out with a graph
         self.choices: dict[tuple, bool] = {}  # dense or grouped, for the layers so far
         self.plans: dict[int, Tensor | bool] = {}  # the factors for each kind of plain layers, False where grouped does less work
