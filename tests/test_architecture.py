@@ -50,6 +50,7 @@ JUDGED_ORDER = (
     "paired_cache",
     "pair_cost",
     "sampling",
+    "guessable",
     "guesser",
     "guess",
     "guessing",

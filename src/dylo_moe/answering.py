@@ -25,6 +25,7 @@ class Answering:
         self._model = model
         self._answer = answer
         self._generations = 0
+        self._put: Any = None
         self._put_by_others: Any = None
 
     @contextmanager
@@ -33,23 +34,29 @@ class Answering:
             self._generations += 1
             if self._generations == 1:
                 self._put_by_others = self._model.__dict__.get("forward")
-                self._model.forward = self._around(self._model.forward)
+                self._put = self._model.forward = _Answered(self._model.forward, self._answer)
         try:
             yield
         finally:
             with _INSTALLING:
                 self._generations -= 1
-                if self._generations == 0:
+                if self._generations == 0 and self._model.__dict__.get("forward") is self._put:  # else somebody has put another
                     del self._model.forward
                     if self._put_by_others is not None:
                         self._model.forward = self._put_by_others
 
-    def _around(self, forward: Callable[..., Any]) -> Callable[..., Any]:
-        answer = self._answer
+    def __getstate__(self) -> dict[str, Any]:
+        return {**self.__dict__, "_generations": 0}  # a copy generates nothing yet
 
-        @functools.wraps(forward)  # generate looks at its arguments
-        def answered(*args: Any, **kwargs: Any) -> Any:
-            known = answer()
-            return forward(*args, **kwargs) if known is None else known
 
-        return answered
+class _Answered:
+    """In the place of a forward. That of a copy answers for the copy: it knows nothing, and runs the copy's."""
+
+    def __init__(self, forward: Callable[..., Any], answer: Callable[[], Any]) -> None:
+        functools.update_wrapper(self, forward)  # generate looks at its arguments
+        self._forward = forward
+        self._answer = answer
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        known = self._answer()
+        return self._forward(*args, **kwargs) if known is None else known

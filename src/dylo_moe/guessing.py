@@ -14,7 +14,6 @@ Shapes: B rows of the batch, V vocabulary, H hidden size.
 
 from __future__ import annotations
 
-import math
 import threading
 from collections import deque
 from collections.abc import Callable
@@ -24,9 +23,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
-from transformers import Cache, PretrainedConfig, PreTrainedModel
+from transformers import Cache, PreTrainedModel
 
 from dylo_moe.guess import Guess, with_guess_below, with_guesses_behind
+from dylo_moe.guessable import alike_positions
 from dylo_moe.guesser import FOLLOWS, Guesser
 from dylo_moe.mixture import Mixture
 from dylo_moe.pair_cost import PairCost
@@ -78,7 +78,9 @@ class Guesses:
         self._catching: RemovableHandle | None = None
         self._is_over = False  # somebody else works on the cache
         self._thread = threading.get_ident()
-        self._positions = _first_positions(causal_lm.config)
+        self._positions = alike_positions(causal_lm.config)
+        self._room = 0.0  # tokens that may come after this step
+        self._has_begun = False
 
     def features(self, step: dict[str, Any], half: Cache, run: Callable[[dict[str, Any], Cache], Tensor]) -> Tensor:
         """Features of this step's token, (B, 1, H), and behind them those of the guesses that are routed with it, if any.
@@ -92,7 +94,9 @@ class Guesses:
         self._chain, self._planned, self._answer, self._is_ready = [], None, None, False
         self._read(step)
         length = int(half.get_seq_length())
-        if not self._can_guess(step, length):
+        # A cache that was given may be in another dtype, until a pass as transformers runs it has written to it.
+        has_begun, self._has_begun = self._has_begun, True
+        if not (has_begun and self._can_guess(step, length)):
             self._paired = None
             self._ahead.clear()
             return run(step, half)
@@ -177,6 +181,15 @@ class Guesses:
             self._ahead.append(replace(self._planned, features=hidden[rows:], logits=logits[rows:, -1]))
         output.logits = logits[:rows, :1]
 
+    def forget(self) -> None:
+        """A weight has changed: what was found with it is of no use."""
+        self._ahead.clear()
+
+    def settle(self) -> None:
+        """The cache is its owner's again."""
+        if self._paired is not None:
+            self._paired.settle()
+
     def finish(self) -> None:
         """Lets go of the cache; the counts stay."""
         if self._catching is not None:
@@ -192,7 +205,7 @@ class Guesses:
         cache, ids, mask = step["past_key_values"], step.get("input_ids"), step.get("attention_mask")
         if self._paired is not None and not self._paired.is_intact(cache):
             self._is_over = True
-        if self._is_over or self._causal_lm.training or self._causal_lm.get_output_embeddings() is None:
+        if self._is_over or self._causal_lm.get_output_embeddings() is None:
             return False
         if torch.is_grad_enabled() or torch.is_inference_mode_enabled():
             return False
@@ -202,7 +215,11 @@ class Guesses:
             return False
         if not isinstance(ids, Tensor) or ids.shape[1] != 1 or step.get("position_ids") is None:
             return False
-        if step["position_ids"].shape not in (ids.shape, (1, 1)) or int(step["position_ids"].max()) + 1 >= self._positions:
+        if step["position_ids"].shape not in (ids.shape, (1, 1)):
+            return False
+        # Tables are of positions, in some models of columns, which padding has too.
+        self._room = self._positions - 1 - max(int(step["position_ids"].max()), length)
+        if self._room < 1:
             return False
         if mask is not None and (not isinstance(mask, Tensor) or mask.shape != (len(ids), length + 1)):
             return False
@@ -231,8 +248,7 @@ class Guesses:
 
     def _repeated(self, step: dict[str, Any], count: int) -> list[Guess]:
         """The next steps, `count` or fewer, if the text repeats itself."""
-        room = self._positions - int(step["position_ids"].max()) - 1
-        columns = step["input_ids"].new_tensor(self._guesser.repeat(min(count, room))).T
+        columns = step["input_ids"].new_tensor(self._guesser.repeat(min(count, self._room))).T
         return [Guess.after(step, place, ids[:, None]) for place, ids in enumerate(columns, 1)]
 
     def _width(self, step: dict[str, Any]) -> int:
@@ -241,17 +257,3 @@ class Guesses:
     def _catch(self, module: nn.Module, args: tuple, output: Any) -> None:
         if threading.get_ident() == self._thread:
             self._caught.append(output.last_hidden_state)
-
-
-def _first_positions(config: PretrainedConfig) -> float:
-    """How many positions a pass computes as it would without a later one beside it.
-
-    A table of positions ends; rotary frequencies that depend on the length of the text ("dynamic", "longrope") are all rows'.
-    """
-    text = config.get_text_config()
-    rotary = getattr(text, "rope_parameters", None) or {}
-    limits = [getattr(text, "max_position_embeddings", None)]
-    for kind in (rotary, *(kind for kind in rotary.values() if isinstance(kind, dict))):
-        if kind.get("rope_type") == "longrope":
-            limits += [kind.get("original_max_position_embeddings"), getattr(text, "original_max_position_embeddings", None)]
-    return min((limit for limit in limits if limit is not None), default=math.inf)

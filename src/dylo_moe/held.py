@@ -7,6 +7,7 @@ runs (`only_known_code`), and a change that leaves a trace is still looked for b
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from itertools import chain
 from operator import attrgetter, is_, methodcaller
@@ -25,7 +26,7 @@ _LISTS = ("logits_processor", "stopping_criteria")
 _OBJECTS = ("past_key_values", "generation_config", "streamer")
 _FOREIGN = ("prefix_allowed_tokens_fn", "assistant_model", "custom_generate", "negative_prompt_ids", "synced_gpus")
 # Whose code changes no weight of a model that generates.
-_KNOWN = ("dylo_moe", "transformers", "torch", "peft", "accelerate")
+_KNOWN = ("dylo_moe", "transformers", "tokenizers", "torch", "peft", "accelerate")
 _VERSION = attrgetter("_version")
 _WEIGHT = methodcaller("get", "weight")
 
@@ -60,12 +61,14 @@ class Held:
         """The layer's, if it has a stack already."""
         return self._sums.get(id(layer))
 
-    def check(self) -> None:
-        """Forgets the stacks if any weight was replaced, moved or written to since they were made."""
+    def check(self) -> bool:
+        """Whether no weight was replaced, moved or written to since stacks were made of it; else they are forgotten."""
         is_same = all(map(is_, map(_WEIGHT, self._owners), self._weights))
         is_same = is_same and list(map(_VERSION, self._weights)) == self._versions
-        if not (is_same and list(map(Tensor.data_ptr, self._weights)) == self._places):
+        is_same = is_same and list(map(Tensor.data_ptr, self._weights)) == self._places
+        if not is_same:
             self.release()
+        return is_same
 
     def release(self) -> None:
         """Forgets the stacks; their memory is free at once."""
@@ -81,16 +84,18 @@ def only_known_code(model: nn.Module, options: Mapping[str, Any]) -> bool:
     if any(options.get(name) is not None for name in _FOREIGN):
         return False
     given = list(chain.from_iterable(options.get(name) or () for name in _LISTS))
-    objects = (options[name] for name in _OBJECTS if options.get(name) is not None)
+    given += [options[name] for name in _OBJECTS if options.get(name) is not None]
     modules = list(model.modules())
-    types = {type(code) for code in chain(given, objects, modules)}
-    return all(map(_is_known, chain(types, _functions_in(given), _hooks(modules))))
+    types = {type(code) for code in chain(given, modules)}
+    return all(map(_is_known, chain(types, _code_in(given), _hooks(modules))))
 
 
-def _functions_in(objects: Iterable[object]) -> Iterator[Callable]:
-    """Those that a processor of transformers was given to call."""
+def _code_in(objects: Iterable[object]) -> Iterator[object]:
+    """What a processor or a streamer of transformers was given to call: functions, and objects of somebody's class."""
     for holder in objects:
-        yield from filter(callable, getattr(holder, "__dict__", {}).values())
+        for value in getattr(holder, "__dict__", {}).values():
+            if callable(value) or type(value).__module__.partition(".")[0] not in sys.stdlib_module_names:
+                yield value
 
 
 def _hooks(modules: Iterable[nn.Module]) -> Iterator[Callable]:

@@ -56,7 +56,9 @@ class PairCost:
 
     def _wide(self, rows: int, times: int) -> float:
         """A pass over so many times the rows; infinite where it is not known to cost less than as many passes."""
-        weight, all_rows = self._causal_lm.get_output_embeddings().weight, times * rows
+        weight, all_rows = next(self._causal_lm.get_output_embeddings().parameters(), None), times * rows
+        if weight is None:
+            return math.inf
         if weight.device.type != "cpu":
             return _BY_BYTES if all_rows <= _MANY_ROWS["cuda"] else math.inf
         if weight.dtype in (torch.float32, torch.float64):
@@ -85,15 +87,18 @@ class PairCost:
     @cached_property
     def _head_share(self) -> float:
         """Of the readout in the weights that a pass reads without it."""
-        readout = self._causal_lm.get_output_embeddings().weight.numel()
-        embeddings = self._causal_lm.get_input_embeddings().weight.numel()
-        rest = sum(p.numel() for p in self._causal_lm.base_model.parameters()) - embeddings
-        return readout / max(1, rest)
+        model = self._causal_lm
+        readout, embeddings = _numbers(model.get_output_embeddings()), _numbers(model.get_input_embeddings())
+        return readout / max(1, _numbers(model.base_model) - embeddings)
 
 
 def tokens_of_use(width: int, chance: float) -> float:
     """Of those that a pass routes, in the mean: the first, and each other one if all guesses up to it are right."""
     return sum(chance**place for place in range(width))
+
+
+def _numbers(module: nn.Module) -> int:
+    return sum(parameter.numel() for parameter in module.parameters())
 
 
 def _of_bfloat16(rows: int) -> float:
@@ -112,4 +117,4 @@ def _measure(weights: list[Tensor], rows: int, all_rows: int) -> float:
             for weight in weights:
                 nn.functional.linear(weight[:1].expand(count, -1).contiguous(), weight)
             fastest[count] = min(fastest[count], time.process_time() - start)
-    return fastest[all_rows] / fastest[rows]
+    return fastest[all_rows] / fastest[rows] if fastest[rows] else math.inf  # a clock too coarse to say

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import copy
 
+import torch
 from torch import Tensor
 from transformers import Cache, DynamicCache
 from transformers.cache_utils import DynamicLayer
@@ -71,6 +72,11 @@ class PairedCache:
         for pair in self._pairs:
             pair.show(self.length, self.length)
 
+    def settle(self) -> None:
+        """The cache's layers have tensors of their own again, of the layout that transformers gives them."""
+        for pair in self._pairs:
+            pair.settle()
+
     def _reserve(self, tokens: int) -> None:
         """Room for so many tokens of both halves: what is hidden would not survive a move between their passes."""
         for pair in self._pairs:
@@ -109,6 +115,11 @@ class _Pair:
         self.routed.keys, self.routed.values = (room[:, :, :routed] for room in self.routed_rooms)
         self.features.keys, self.features.values = (room[:, :, :features] for room in self.feature_rooms)
         self._shown, self._versions = self._now(), [room._version for room in self.rooms]
+
+    def settle(self) -> None:
+        if self.rooms is not None and self.is_intact():
+            for layer in (self.routed, self.features):
+                layer.keys, layer.values = (t.clone(memory_format=torch.contiguous_format) for t in (layer.keys, layer.values))
 
     def reserve(self, columns: int) -> None:
         if self.rooms is None or self.rooms[0].shape[-2] < columns:

@@ -25,6 +25,8 @@ class DynamicHybridRouter(nn.Module):
         RoutingError: top_k or temperature out of range.
     """
 
+    is_tokenwise = True  # a token's weights hang on no other token of the pass
+
     def __init__(self, input_size: int, num_experts: int, top_k: int = 1, temperature: float = 2.0) -> None:
         super().__init__()
         if not 1 <= top_k <= num_experts:

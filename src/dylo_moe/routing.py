@@ -15,6 +15,7 @@ from transformers import PreTrainedModel
 from dylo_moe.answering import Answering
 from dylo_moe.errors import RoutingError
 from dylo_moe.formats.checkpoint import ROUTER_FEATURES
+from dylo_moe.guessable import computes_tokens_alone
 from dylo_moe.guessing import Guesses
 from dylo_moe.held import Held, only_known_code
 from dylo_moe.mixture import Mixture, Route
@@ -121,6 +122,8 @@ class Routing:
         try:
             with nullcontext() if guessing is None else self._answering.installed():
                 yield
+            if guessing is not None:
+                guessing.settle()
         finally:
             if guessing is not None:
                 guessing.finish()
@@ -145,7 +148,8 @@ class Routing:
         """For a generation in which only known code runs."""
         if self.pair_cost is None or self.router is None or not self._takes_positions:
             return None
-        if self.needs_whole_pass:  # a token more in the pass would change every token's weights
+        # A token more in the pass would change every token's weights, or what the router sees.
+        if self.needs_whole_pass or not computes_tokens_alone(self.causal_lm, self.router):
             return None
         return self._sight.guesses(self.pair_cost)
 
@@ -168,7 +172,8 @@ class Routing:
         else:
             kwargs = dict(kwargs)
         if self.mixture.held is not None and not torch.compiler.is_compiling():  # which cannot look
-            self.mixture.held.check()
+            if not self.mixture.held.check() and self._guessing is not None:
+                self._guessing.forget()
         weights, expert_id = kwargs.pop("routing_weights", None), kwargs.pop("expert_id", None)
         if isinstance(weights, Tensor) and not weights.is_floating_point():
             weights = weights.to(torch.float32)  # a one-hot row of integers is no list of expert ids
@@ -283,7 +288,11 @@ class Routing:
             kwargs["use_cache"] = False
         if self.features == "layer":
             return self.router
-        return self.router(self._sight.of(kwargs, self._guesses_here()))
+        _, length = _rows_and_length(kwargs)
+        features = self._sight.of(kwargs, self._guesses_here())
+        if features.shape[1] == length or getattr(self.router, "is_tokenwise", False):
+            return self.router(features)
+        return torch.cat([self.router(token) for token in features.split(1, dim=1)], dim=1)  # each as a step of its own
 
     def _bind_checkpointing(self) -> None:
         # However checkpointing was switched on (ours, transformers', PEFT's or the Trainer's way), it ends up in this attribute.

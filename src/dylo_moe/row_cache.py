@@ -41,18 +41,18 @@ class RoomyLayer(DynamicLayer):
             self.lazy_initialization(key_states, value_states)
         length = self.get_seq_length()
         total = length + key_states.shape[-2]
-        if not self._has_room(total):
+        if not self._has_room(total, key_states, value_states):
             self._room = _grown(self.keys, key_states, length, total), _grown(self.values, value_states, length, total)
         for room, new in zip(self._room, (key_states, value_states), strict=True):
             room[..., length:total, :] = new
         self.keys, self.values = (room[..., :total, :] for room in self._room)
         return self.keys, self.values
 
-    def _has_room(self, total: int) -> bool:
+    def _has_room(self, total: int, *new: Tensor) -> bool:
         # Whoever selects rows or cuts columns puts other tensors in the place of keys and values.
         room = self._room and self._room[0]
         is_ours = room is not None and room.data_ptr() == self.keys.data_ptr() and room.shape[0] == self.keys.shape[0]
-        return is_ours and total <= room.shape[-2]
+        return is_ours and total <= room.shape[-2] and all(map(_holds, self._room, new))
 
 
 def roomy_cache(config: Any) -> DynamicCache:
@@ -138,8 +138,13 @@ def _lengthen(layer: DynamicLayer, length: int) -> None:
         layer.keys, layer.values = (torch.nn.functional.pad(t, (0, 0, missing, 0)) for t in (layer.keys, layer.values))
 
 
+def _holds(room: Tensor, new: Tensor) -> bool:
+    return torch.promote_types(room.dtype, new.dtype) == room.dtype
+
+
 def _grown(old: Tensor, new: Tensor, length: int, total: int) -> Tensor:
-    room = new.new_empty(*new.shape[:-2], total + _SPARE, new.shape[-1])
+    dtype = torch.promote_types(old.dtype, new.dtype) if length else new.dtype  # as torch.cat has it
+    room = new.new_empty(*new.shape[:-2], total + _SPARE, new.shape[-1], dtype=dtype)
     if length:
         room[..., :length, :] = old
     return room

@@ -29,6 +29,8 @@ class XLoraRouter(nn.Module):
         RoutingError: top_k, temperature or the layers' widths contradict the rest of the state.
     """
 
+    is_tokenwise = True  # a token's weights hang on no other token of the pass, but where it says needs_whole_pass
+
     def __init__(self, state: XLoraState) -> None:
         super().__init__()
         _check(state)
