@@ -80,7 +80,7 @@ class Mixture:
 
     @property
     def active(self) -> bool:
-        return bool(self._routes)
+        return len(self._routes) > 0  # torch 2.11 compiles no bool() of a list
 
     @property
     def tokens(self) -> Tensor | None:
