@@ -8,6 +8,7 @@ runs (`only_known_code`), and a change that leaves a trace is still looked for b
 from __future__ import annotations
 
 import sys
+from asyncio import AbstractEventLoop
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from itertools import chain
 from operator import attrgetter, is_, methodcaller
@@ -27,6 +28,7 @@ _OBJECTS = ("past_key_values", "generation_config", "streamer")
 _FOREIGN = ("prefix_allowed_tokens_fn", "assistant_model", "custom_generate", "negative_prompt_ids", "synced_gpus")
 # Whose code changes no weight of a model that generates.
 _KNOWN = ("dylo_moe", "transformers", "tokenizers", "torch", "peft", "accelerate")
+_DATA = (*sys.stdlib_module_names, "numpy")  # whose objects call nothing by themselves
 _VERSION = attrgetter("_version")
 _WEIGHT = methodcaller("get", "weight")
 
@@ -94,7 +96,8 @@ def _code_in(objects: Iterable[object]) -> Iterator[object]:
     """What a processor or a streamer of transformers was given to call: functions, and objects of somebody's class."""
     for holder in objects:
         for value in getattr(holder, "__dict__", {}).values():
-            if callable(value) or type(value).__module__.partition(".")[0] not in sys.stdlib_module_names:
+            is_data = _package(type(value)) in _DATA or isinstance(value, AbstractEventLoop)
+            if callable(value) or not is_data:
                 yield value
 
 
@@ -108,4 +111,9 @@ def _hooks(modules: Iterable[nn.Module]) -> Iterator[Callable]:
 
 
 def _is_known(code: object) -> bool:
-    return str(getattr(code, "__module__", "")).partition(".")[0] in _KNOWN
+    return _package(code) in _KNOWN
+
+
+def _package(code: object) -> str:
+    """Where a function or a class is from, or the class of anything else."""
+    return (getattr(code, "__module__", None) or type(code).__module__).partition(".")[0]

@@ -159,6 +159,7 @@ class Together:
         """Refers to nobody any longer: its members refer to it, and such circles would live until they are looked for."""
         self.members.clear()
         self._plains.clear()
+        self.ahead, self._stack = Ahead(), None
 
     @property
     def _shrink(self) -> Tensor:

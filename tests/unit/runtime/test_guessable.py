@@ -2,16 +2,20 @@
 
 from __future__ import annotations
 
+import asyncio
 import copy
+import functools
 import pickle
+import queue
 from io import BytesIO
 
+import numpy as np
 import pytest
 import torch
 from peft import LoraConfig, get_peft_model
 from safetensors.torch import save
 from torch import nn
-from transformers import GPTNeoConfig, GPTNeoForCausalLM, TextStreamer
+from transformers import DynamicCache, GenerationConfig, GPTNeoConfig, GPTNeoForCausalLM, StaticCache, TextStreamer
 from transformers.cache_utils import DynamicLayer
 
 from dylo_moe import DynamicHybridRouter, attach_router, pair_cost
@@ -172,6 +176,25 @@ def test_a_streamer_is_known_code_where_all_that_it_calls_is(specimens):
     assert only_known_code(model, {"streamer": streamer})
     streamer.put = lambda tokens: None
     assert not only_known_code(model, {"streamer": streamer})
+
+
+class Loop(asyncio.AbstractEventLoop):
+    __module__ = "uvloop"
+
+
+def test_data_of_options_is_no_code(specimens):
+    model, streamer = model_of(specimens), TextStreamer(None)
+    config = model.causal_lm.config
+    for value in (torch.device("cpu"), torch.float32, torch.Size([1]), np.float64(0.7), np.ones(2), queue.Queue(), Loop()):
+        streamer.held = value
+        assert only_known_code(model, {"streamer": streamer}), value
+    for cache in (DynamicCache(config=config), StaticCache(config=config, max_cache_len=8)):
+        assert only_known_code(
+            model, {"past_key_values": cache, "generation_config": GenerationConfig(max_new_tokens=np.int64(3))}
+        )
+    for value in (functools.partial(print), print, lambda: None):
+        streamer.held = value
+        assert not only_known_code(model, {"streamer": streamer}), value
 
 
 @pytest.mark.parametrize("width", WIDTHS)

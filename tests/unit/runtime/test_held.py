@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import gc
 import weakref
+from contextlib import nullcontext
 
 import pytest
 import torch
@@ -13,6 +14,7 @@ from transformers import LogitsProcessor, LogitsProcessorList, PrefixConstrained
 
 from dylo_moe import load_checkpoint
 from dylo_moe.held import only_known_code
+from dylo_moe.plain import Plain
 from dylo_moe.sums import Sums
 
 STEPS = 5
@@ -220,16 +222,27 @@ def test_frozen_inference_weights_are_not_held(model, ids):
             assert (model(ids).logits - before).abs().max() > 1e-3
 
 
-def test_the_memory_of_stacks_is_free_when_the_generation_is_over(model, ids):
+@pytest.mark.parametrize("interrupted", [False, True])
+def test_the_memory_of_stacks_is_free_when_the_generation_is_over(model, ids, interrupted):
     """Without the garbage collector, which does not know how large they are."""
-    made = []
-    stacked = Sums.stacked
+    made, passes = [], []
+    stacked, finished = Sums.stacked, Plain.finished
+
+    def interrupt(plain, *given):
+        passes.append(plain)
+        if interrupted and len(passes) == 2 * len(model.routed_layers()) + 2:  # k, in the third pass
+            raise KeyboardInterrupt
+        return finished(plain, *given)
+
     gc.collect()
     gc.disable()
     try:
         with pytest.MonkeyPatch.context() as patch:
             patch.setattr(Sums, "stacked", lambda sums: made.append(stacked(sums)) or made[-1])
-            model.generate(ids, **GREEDY)
+            patch.setattr(Plain, "finished", interrupt)
+            with pytest.raises(KeyboardInterrupt) if interrupted else nullcontext():
+                model.generate(ids, **GREEDY)
+        passes.clear()
         kept = [weakref.ref(tensor) for sums in made for tensor in sums.stack]
         assert len(kept) == 2 * len(model.routed_layers())
         made.clear()
