@@ -79,7 +79,6 @@ class Guesses:
         self._is_over = False  # somebody else works on the cache
         self._thread = threading.get_ident()
         self._positions = alike_positions(causal_lm.config)
-        self._room = 0.0  # tokens that may come after this step
         self._has_begun = False
 
     def features(self, step: dict[str, Any], half: Cache, run: Callable[[dict[str, Any], Cache], Tensor]) -> Tensor:
@@ -217,13 +216,15 @@ class Guesses:
             return False
         if step["position_ids"].shape not in (ids.shape, (1, 1)):
             return False
-        # Tables are of positions, in some models of columns, which padding has too.
-        self._room = self._positions - 1 - max(int(step["position_ids"].max()), length)
-        if self._room < 1:
+        if self._room(step, length) < 1:
             return False
         if mask is not None and (not isinstance(mask, Tensor) or mask.shape != (len(ids), length + 1)):
             return False
         return self._paired is not None or can_pair(cache)
+
+    def _room(self, step: dict[str, Any], length: int) -> float:
+        """Tokens that may come after this step. Tables are of positions, in some models of columns, which padding has too."""
+        return self._positions - 1 - max(int(step["position_ids"].max()), length)
 
     def _count(self, is_right: bool) -> bool:
         self.made += 1
@@ -248,7 +249,7 @@ class Guesses:
 
     def _repeated(self, step: dict[str, Any], count: int) -> list[Guess]:
         """The next steps, `count` or fewer, if the text repeats itself."""
-        columns = step["input_ids"].new_tensor(self._guesser.repeat(min(count, self._room))).T
+        columns = step["input_ids"].new_tensor(self._guesser.repeat(min(count, self._room(step, self._paired.length)))).T
         return [Guess.after(step, place, ids[:, None]) for place, ids in enumerate(columns, 1)]
 
     def _width(self, step: dict[str, Any]) -> int:

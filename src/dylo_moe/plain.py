@@ -74,7 +74,11 @@ class Plain:
         self.base_dtype = self._parts[0].weight.dtype
         self._width = self._expands[0]["weight"].shape[0]
         self.alone = Together({layer: self})
-        self.together, self.has_company = self.alone, False  # with those that were last found to read the same
+        self.together = self.alone  # with those that were last found to read the same
+
+    @property
+    def has_company(self) -> bool:
+        return len(self.together.members) > 1
 
     @property
     def shrinks(self) -> list[Tensor]:

@@ -125,7 +125,7 @@ class RoutedLinear(LoraLinear):
             return plain.alone
         together = Together(dict(zip(layers, plains, strict=True)))
         for one in plains:
-            one.together, one.has_company = together, True
+            one.together = together
         return together
 
     def mix(self, x: Tensor, weights: Tensor) -> Tensor:

@@ -20,7 +20,7 @@ _CHUNK = 256
 _MOST_LAYOUTS = 256
 
 
-def runs(signature: Signature) -> list[tuple[int, int, float, int]]:
+def _runs(signature: Signature) -> list[tuple[int, int, float, int]]:
     """(first column, last column, scaling, rank) of neighbours that are alike."""
     found: list[tuple[int, int, float, int]] = []
     for column, scaling, rank in signature:
@@ -102,7 +102,7 @@ class Spread:
     def _factors_without_layout(self, signature: Signature) -> Tensor:
         """For a graph: a tensor that it made of numbers would be copied from the host each time, which no CUDA graph holds."""
         parts = []
-        for first, last, scaling, rank in runs(signature):
+        for first, last, scaling, rank in _runs(signature):
             scaled = self.weights[..., first : last + 1] * scaling
             parts.append(scaled.unsqueeze(-1).expand(*scaled.shape, rank).flatten(-2))
         return parts[0] if len(parts) == 1 else torch.cat(parts, dim=-1)

@@ -74,11 +74,14 @@ def generated(model, ids, cost, **options):
     return model.generate(ids, **OPTIONS, **options), torch.get_rng_state()
 
 
-def assert_as_two_passes(model, ids, **options):
-    wanted = generated(model, ids, None, **options)
+def assert_as_two_passes(model, ids):
+    """Alike in logits too, in float64: a token hardly ever shows a route that is a little wrong."""
+    options = {"return_dict_in_generate": True, "output_logits": True}
+    wanted, then = generated(model, ids, None, **options)
     for width in WIDTHS:
-        for found, expected in zip(generated(model, ids, Always(width), **options), wanted, strict=True):
-            assert torch.equal(found, expected)
+        found, after = generated(model, ids, Always(width), **options)
+        assert torch.equal(after, then)
+        torch.testing.assert_close(torch.stack(found.logits), torch.stack(wanted.logits))
 
 
 def looks_both_ways(model):
@@ -188,7 +191,11 @@ def test_data_of_options_is_no_code(specimens):
     for value in (torch.device("cpu"), torch.float32, torch.Size([1]), np.float64(0.7), np.ones(2), queue.Queue(), Loop()):
         streamer.held = value
         assert only_known_code(model, {"streamer": streamer}), value
-    for cache in (DynamicCache(config=config), StaticCache(config=config, max_cache_len=8)):
+    for cache in (
+        DynamicCache(config=config),
+        DynamicCache(config=config, offloading=True),
+        StaticCache(config=config, max_cache_len=8),
+    ):
         assert only_known_code(
             model, {"past_key_values": cache, "generation_config": GenerationConfig(max_new_tokens=np.int64(3))}
         )
