@@ -188,7 +188,16 @@ class Loop(asyncio.AbstractEventLoop):
 def test_data_of_options_is_no_code(specimens):
     model, streamer = model_of(specimens), TextStreamer(None)
     config = model.causal_lm.config
-    for value in (torch.device("cpu"), torch.float32, torch.Size([1]), np.float64(0.7), np.ones(2), queue.Queue(), Loop()):
+    for value in (
+        torch.device("cpu"),
+        torch.float32,
+        torch.Size([1]),
+        np.float64(0.7),
+        np.ones(2),
+        np.random.default_rng(),
+        queue.Queue(),
+        Loop(),
+    ):
         streamer.held = value
         assert only_known_code(model, {"streamer": streamer}), value
     for cache in (
