@@ -15,8 +15,7 @@ import torch
 from torch import Tensor
 from transformers import CONFIG_MAPPING, AutoConfig, AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
 
-from harness.compare import is_of_torchao
-from harness.outcome import Inconclusive
+from harness.packed import as_on_any_processor, dequantised
 from harness.routers import HybridGate, Router
 
 
@@ -117,21 +116,8 @@ def load_base(artifact: Artifact, dtype: torch.dtype, attention: str | None = No
     else:
         model = AutoModelForCausalLM.from_pretrained(artifact.base, config=config, dtype=dtype, **options)
         if getattr(config, "quantization_config", None) is not None and dtype == torch.float64:
-            model = _dequantised(model).to(dtype)  # what the stored numbers stand for, without the kernel's own rounding
-    return model.eval().requires_grad_(False)
-
-
-def _dequantised(model: PreTrainedModel) -> PreTrainedModel:
-    """Plain weights in the place of packed ones. transformers does it for bitsandbytes, but has nothing for torchao."""
-    packed = [(module, name) for module in model.modules() for name, p in module._parameters.items() if is_of_torchao(p)]
-    if not packed:
-        try:
-            return model.dequantize()
-        except NotImplementedError as error:  # GPTQ and AWQ
-            raise Inconclusive("transformers cannot say what these packed weights stand for, so there is no reference") from error
-    for module, name in packed:
-        module._parameters[name] = torch.nn.Parameter(module._parameters[name].dequantize(), requires_grad=False)
-    return model
+            model = dequantised(model).to(dtype)  # what the stored numbers stand for, without the kernel's own rounding
+    return as_on_any_processor(model).eval().requires_grad_(False)
 
 
 def _base_config(artifact: Artifact) -> PreTrainedConfig:

@@ -15,6 +15,7 @@ import torch
 
 from harness.gate import Gate, load_gate
 from harness.outcome import NotApplicable
+from harness.packed import as_on_any_processor
 
 # Prime and all different, so that a swapped or padded axis cannot pass unnoticed.
 PROMPT_LENGTHS = (11, 7, 13, 5)
@@ -57,7 +58,7 @@ class Bench:
         wanted = {"base_model": self.base_model, "device": self.device, "dtype": self.load_dtype}
         if self.assume:
             wanted["assume"] = dict(self.assume)
-        return self.subject.load(self.checkpoint, **wanted).eval()
+        return as_on_any_processor(self.subject.load(self.checkpoint, **wanted).eval())
 
     @cached_property
     def reference(self) -> object:

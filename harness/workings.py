@@ -24,6 +24,7 @@ from harness.compare import as_float64, assert_within, rounding_floor, twice_the
 from harness.loop import LoopModel
 from harness.loop_versions import plain
 from harness.outcome import NotApplicable, Void
+from harness.packed import as_on_any_processor
 from harness.readings.layouts import NATIVE
 from harness.reference import Reference
 from harness.routers import Router, UnitGates
@@ -103,7 +104,7 @@ class Workings:
         options = {"base_model": base, "device": bench.device, "dtype": dtype or self._dtype_name}
         if checkpoint is None and bench.assume:
             options["assume"] = dict(bench.assume)
-        return bench.subject.load(checkpoint or bench.checkpoint, **options).eval()
+        return as_on_any_processor(bench.subject.load(checkpoint or bench.checkpoint, **options).eval())
 
     @property
     def _dtype_name(self) -> str:

@@ -17,6 +17,7 @@ from dylo_moe.expert import ExpertManager, expert_order
 from dylo_moe.formats import Checkpoint, write_native
 from dylo_moe.guard import guard, unguard
 from dylo_moe.mixture import Mixture
+from dylo_moe.quantised import keep_layout, lay_out
 from dylo_moe.replaced import check_versions, has_biases, saved_modules
 from dylo_moe.routable import notes_on, restore_layers, routable_layers, route_layers, routed_units
 from dylo_moe.routed import RoutedLinear
@@ -69,6 +70,7 @@ class DyLoRA_MoE(nn.Module):
         self.mixture = mixture
         self.expert_manager = ExpertManager(peft_model)
         self._trainable_before = {n: p.requires_grad for n, p in peft_model.named_parameters()}
+        self._laid_out = keep_layout(self.causal_lm)
         route_layers(self.causal_lm, layers, mixture, units)
         guard(peft_model)
         self.routing = Routing(self.causal_lm, self.mixture, router, self.moe_config.router_features)
@@ -284,6 +286,7 @@ def detach_router(model: DyLoRA_MoE) -> PeftModel:
         raise RoutingError("experts have biases of their own, for which a PeftModel has no place; save_pretrained keeps them")
     model.routing.remove()
     restore_layers(model.causal_lm)
+    lay_out(model._laid_out)
     unguard(model.peft_model)
     for name, parameter in model.peft_model.named_parameters():
         parameter.requires_grad_(model._trainable_before.get(name, parameter.requires_grad))

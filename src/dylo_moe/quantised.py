@@ -1,4 +1,4 @@
-"""Quantised base models: which package runs them, and one defect of them in PEFT.
+"""Quantised base models: which package runs them, and two defects of bitsandbytes on a CPU.
 
 The base layer stays as it is; PEFT's LoRA layer for it is routed as any other, and deltas are added to the base's own output.
 """
@@ -24,6 +24,9 @@ PACKAGES = {
     "eetq": "eetq",
     "aqlm": "aqlm",
 }
+
+
+_LAYS_OUT = "support_avx512bf16_for_cpu"  # of a Linear4bit
 
 
 def check_package(quantization: Any, path: str | Path) -> None:
@@ -59,3 +62,25 @@ def keep_scales(base_layer: nn.Module) -> None:
     weight = getattr(base_layer, "weight", None)
     if getattr(weight, "CB", None) is not None and getattr(weight, "SCB", None) is None:
         weight.SCB = base_layer.state.SCB
+
+
+def keep_layout(model: nn.Module) -> list[nn.Module]:
+    """Keeps bitsandbytes from laying 4-bit weights out anew; what has been already is laid out as in files again.
+
+    On CPUs with AVX512-BF16 it does so at the first pass in eval mode. Then PEFT's DoRA reads other numbers, gradients do not get
+    through the layer, and its output is of bfloat16 whatever the compute dtype. docs/findings.md has a reproduction.
+
+    Returns:
+        The layers that would have; `lay_out` lets them again.
+    """
+    layers = [module for module in model.modules() if getattr(module, _LAYS_OUT, False)]
+    for layer in layers:
+        setattr(layer, _LAYS_OUT, False)
+        layer.state_dict()  # puts the weight back
+    return layers
+
+
+def lay_out(layers: list[nn.Module]) -> None:
+    """Gives layers back what `keep_layout` took from them."""
+    for layer in layers:
+        setattr(layer, _LAYS_OUT, True)

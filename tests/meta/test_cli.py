@@ -288,5 +288,6 @@ def test_installed_command_exits_with_the_verdict_and_prints_no_traceback(tmp_pa
     program = Path(sys.executable).parent / "validate_moe_modifications"
     done = subprocess.run([program, "--checkpoint", "nowhere"], cwd=tmp_path, capture_output=True, text=True, timeout=120)
     assert done.returncode == 2
-    assert done.stderr.startswith("validate_moe_modifications: ")
-    assert len(done.stderr.splitlines()) == 1
+    # Whatever imports PEFT on a CPU with AVX512-BF16 says so, where bitsandbytes is installed.
+    (line,) = (line for line in done.stderr.splitlines() if "gemm_4bit_forward" not in line)
+    assert line.startswith("validate_moe_modifications: ")

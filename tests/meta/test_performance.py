@@ -107,8 +107,9 @@ def test_a_gpu_that_is_not_there_is_one_line(tmp_path):
     command = [sys.executable, "-m", "harness.performance", "--device", "cuda", "--output", str(tmp_path)]
     hidden = {**os.environ, "CUDA_VISIBLE_DEVICES": ""}
     done = subprocess.run(command, capture_output=True, text=True, timeout=120, env=hidden)
-    assert done.returncode == 1 and len(done.stderr.splitlines()) == 1
-    assert "--device: cuda: no CUDA device is visible to torch" in done.stderr
+    # Whatever imports PEFT on a CPU with AVX512-BF16 says so, where bitsandbytes is installed.
+    (line,) = (line for line in done.stderr.splitlines() if "gemm_4bit_forward" not in line)
+    assert done.returncode == 1 and "--device: cuda: no CUDA device is visible to torch" in line
 
 
 def test_limits_are_those_of_the_shapes(tmp_path):

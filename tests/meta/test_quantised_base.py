@@ -15,6 +15,7 @@ from harness import outcome
 from harness.bench import Bench
 from harness.specimens import write_base, write_checkpoint
 from harness.subjects import find_subject
+from harness.workings import Workings
 
 LAWS = ("layer.equals_oracle", "model.routing_is_applied", "model.cached_decode_equals_recompute", "model.save_load_bitwise")
 UNCOUNTED = "speed.cached_generation_work"
@@ -66,6 +67,20 @@ def test_a_base_of_torchao_is_judged_by_what_its_numbers_stand_for(checkpoint, t
 def scale_doubled(model: torch.nn.Module) -> None:
     for layer in model.routed_layers().values():
         layer.scaling["expert_1"] *= 2
+
+
+def laid_out_at_the_first_pass(model: torch.nn.Module) -> None:
+    for module in model.modules():
+        if hasattr(module, "support_avx512bf16_for_cpu"):
+            module.support_avx512bf16_for_cpu = True
+
+
+def test_nobody_is_judged_by_a_layout_that_only_some_processors_have(checkpoint):
+    place = bench(checkpoint, FaultySubject(laid_out_at_the_first_pass))
+    layers = [module for module in place.model.modules() if type(module).__name__ == "Linear4bit"]
+    assert layers and not any(layer.support_avx512bf16_for_cpu for layer in layers)
+    again = [module for module in Workings(place).load().modules() if type(module).__name__ == "Linear4bit"]
+    assert not any(layer.support_avx512bf16_for_cpu for layer in again)
 
 
 @pytest.mark.parametrize("law", ["model.routing_is_applied", "formats.loaded_logits_equal_reference"])

@@ -3,13 +3,18 @@
 from __future__ import annotations
 
 import json
+from tempfile import TemporaryDirectory
 
 import pytest
 import torch
-from transformers import AutoModelForCausalLM, AwqConfig, BitsAndBytesConfig
+from bitsandbytes.functional import _convert_weight_packed_for_cpu
+from peft import LoraConfig, get_peft_model
+from peft.utils.integrations import dequantize_module_weight
+from transformers import AutoModelForCausalLM, AwqConfig, BitsAndBytesConfig, LlamaConfig, LlamaForCausalLM
 
 from dylo_moe import DynamicHybridRouter, attach_router, detach_router, load_checkpoint
 from dylo_moe.errors import InvalidField, OptionError, ShapeMismatch
+from dylo_moe.quantised import keep_layout
 from tests.unit.runtime.tiny_peft import VOCABULARY, load, logits, stock, write_adapter, write_bases
 
 TARGETS = {"target_modules": ["q_proj", "up_proj"]}
@@ -40,8 +45,11 @@ def ids():
 
 
 def quantised(bases, kind):
+    """Computed as on any processor: bitsandbytes cannot lay out weights as small as these for AVX512-BF16."""
     config, dtype = KINDS[kind]
-    return AutoModelForCausalLM.from_pretrained(bases / "qwen", quantization_config=config, dtype=dtype or "auto")
+    model = AutoModelForCausalLM.from_pretrained(bases / "qwen", quantization_config=config, dtype=dtype or "auto")
+    keep_layout(model)
+    return model
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -138,3 +146,36 @@ def test_expert_on_a_module_that_a_packed_base_does_not_have_is_refused(bases, t
     write_adapter(tmp_path / "expert", bases / "gpt2", seed=0, r=2, target_modules=["c_attn"], fan_in_fan_out=True)
     with pytest.raises(ShapeMismatch, match="c_attn: found an adapter on a module that base does not have"):
         load_checkpoint(tmp_path / "expert", base_model=str(tmp_path / "base"))
+
+
+def laid_out(base_model):
+    """As after a first pass on a CPU with AVX512-BF16, where it can be laid out."""
+    layers = [module for module in base_model.modules() if type(module).__name__ == "Linear4bit"]
+    for layer in layers:
+        layer.support_avx512bf16_for_cpu = True
+        weight = layer.weight
+        weight.data, weight.quant_state = _convert_weight_packed_for_cpu(weight.data, weight.quant_state)
+    return layers
+
+
+@pytest.mark.parametrize("is_laid_out", [False, True])
+def test_a_layout_that_only_some_processors_have_is_undone_and_given_back(is_laid_out):
+    config = {"hidden_size": 64, "intermediate_size": 128, "num_hidden_layers": 1, "num_attention_heads": 2}
+    with TemporaryDirectory() as directory:
+        LlamaForCausalLM(LlamaConfig(**config, vocab_size=VOCABULARY)).save_pretrained(directory)
+        base = AutoModelForCausalLM.from_pretrained(directory, quantization_config=KINDS["nf4"][0], dtype=torch.float32)
+    projection = base.model.layers[0].self_attn.q_proj
+    before = dequantize_module_weight(projection)
+    layers = laid_out(base) if is_laid_out else [projection]
+    projection.support_avx512bf16_for_cpu = True
+    peft_model = get_peft_model(base, LoraConfig(r=2, target_modules=["q_proj"], use_dora=True, init_lora_weights=False)).eval()
+    model = attach_router(peft_model, DynamicHybridRouter(64, 1))
+    ids = torch.tensor([[1, 2, 3]])
+    first = logits(model, ids)
+    assert torch.equal(logits(model, ids), first)
+    assert not any(layer.support_avx512bf16_for_cpu for layer in layers)
+    found = dequantize_module_weight(projection)
+    # Laid out, the scales of 64 weights were rounded to bfloat16.
+    assert (found - before).abs().max() <= before.abs().max() * torch.finfo(torch.bfloat16).eps * is_laid_out
+    detach_router(model)
+    assert all(layer.support_avx512bf16_for_cpu for layer in layers)
