@@ -82,6 +82,8 @@ class Models:
         for layer in model.routed_layers().values():
             for expand in layer.lora_B.values():
                 expand.weight.data.mul_(self.shape.strength)
+        if self.shape.top_k is not None:
+            model.router.gate.bias.data.zero_()  # as large as in a specimen, it would choose the same few experts for every token
         return model
 
     def ids(self, tokens: int, rows: int = 1) -> Tensor:

@@ -11,12 +11,14 @@ from functools import cached_property
 
 import torch
 from torch import Tensor, nn
+from torch.nn.utils.rnn import pad_sequence
 
 # (column of the routing weights, scaling, rank) of each expert that a layer has.
 Signature = tuple[tuple[int, float, int], ...]
 
 # Pairs of one gathered piece: small enough for the cache, large enough that moving them costs few calls.
-_CHUNK = 256
+_CHUNK = 512
+_FILLED = 1.5  # so many times an expert's tokens may be computed, so that several experts take one product
 _MOST_LAYOUTS = 256
 
 
@@ -33,15 +35,15 @@ def _runs(signature: Signature) -> list[tuple[int, int, float, int]]:
 
 @dataclass(frozen=True)
 class Chunk:
-    """Pairs of whole experts, expert by expert.
+    """Pairs of whole experts of one rank, expert by expert, equally many for each: those of few tokens are filled with token 0,
+    weighed 0.
 
-    tokens: (P,); factors: weights times scalings, (P, 1); places: of the experts in the signature; sizes: pairs of each.
+    tokens: (P,); factors: weights times scalings, (P, 1); places: of the experts in the signature.
     """
 
     tokens: Tensor
     factors: Tensor
     places: list[int]
-    sizes: list[int]
 
 
 class Ahead:
@@ -87,6 +89,7 @@ class Spread:
         self._layouts = layouts
         self._factors: dict[Signature, Tensor] = {}
         self._factors_of_tokens: dict[Signature, Tensor] = {}
+        self._groups: dict[Signature, list[list[int]]] = {}
         self._chunks: dict[Signature, list[Chunk]] = {}
 
     def factors(self, signature: Signature) -> Tensor:
@@ -136,29 +139,37 @@ class Spread:
         return used.expand(*self.shape, -1).sum((0, 1)).tolist()
 
     def chunks(self, signature: Signature) -> list[Chunk]:
-        """The pairs, in chunks of about _CHUNK or of one expert that has more."""
+        """The pairs, in chunks of at most _CHUNK or of one expert that has more."""
         if signature not in self._chunks:
-            self._chunks[signature] = [self._chunk(signature, places) for places in self._places(signature)]
+            self._chunks[signature] = [self._chunk(signature, places) for places in self.groups(signature)]
         return self._chunks[signature]
 
-    def _places(self, signature: Signature) -> list[list[int]]:
+    def groups(self, signature: Signature) -> list[list[int]]:
+        """Places of the experts of each chunk, those with more tokens first."""
+        if signature not in self._groups:
+            self._groups[signature] = self._found_groups(signature)
+        return self._groups[signature]
+
+    def _found_groups(self, signature: Signature) -> list[list[int]]:
         found: list[list[int]] = []
-        room = 0
-        for place, (column, _, _) in enumerate(signature):
-            if count := self.counts[column]:
-                if count > room:
-                    found.append([])
-                    room = max(_CHUNK, count)
-                found[-1].append(place)
-                room -= count
+        used = [place for place, (column, _, _) in enumerate(signature) if self.counts[column]]
+        for place in sorted(used, key=lambda place: (signature[place][2], self.counts[signature[place][0]]), reverse=True):
+            if not (found and self._may_join(signature, found[-1], place)):
+                found.append([])
+            found[-1].append(place)
         return found
+
+    def _may_join(self, signature: Signature, places: list[int], place: int) -> bool:
+        (most, _, rank), (column, _, own) = signature[places[0]], signature[place]
+        count = self.counts[most]
+        return rank == own and count <= _FILLED * self.counts[column] and count * (len(places) + 1) <= _CHUNK
 
     def _chunk(self, signature: Signature, places: list[int]) -> Chunk:
         tokens, weights = self._pairs
         columns = [signature[place][0] for place in places]
         scaled = [weights[column] * signature[place][1] for column, place in zip(columns, places, strict=True)]
-        chosen = torch.cat([tokens[column] for column in columns])
-        return Chunk(chosen, torch.cat(scaled)[:, None], places, [self.counts[column] for column in columns])
+        chosen = pad_sequence([tokens[column] for column in columns], batch_first=True)
+        return Chunk(chosen.flatten(), pad_sequence(scaled, batch_first=True).view(-1, 1), places)
 
     @cached_property
     def _pairs(self) -> tuple[tuple[Tensor, ...], tuple[Tensor, ...]]:

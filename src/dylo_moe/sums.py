@@ -22,7 +22,8 @@ _READ = 4  # to read a number of a weight that few tokens use
 _COPY = 10  # to copy it into a stack
 _SKINNY = 2.5  # a product of one expert's few rows, beside the same work in a large one
 _MOVE = 16  # to gather a number of a token, or to add it back
-_CALL = 400_000  # to start a product
+_CALL = 400_000  # to start a product, a gathering or an addition
+_FORK = 2_500_000  # the same in several threads, which have to be woken
 _CLEARLY = 0.8  # grouped has to cost less than this share of dense
 
 
@@ -64,13 +65,25 @@ class Sums:
 
     def _dense_cost(self, spread: Spread) -> float:
         of_a_number = spread.tokens + _READ + (_COPY if self.stack is None else 0)
-        return of_a_number * sum(rank for _, _, rank in self.signature) * self._width + 2 * _CALL
+        return of_a_number * sum(rank for _, _, rank in self.signature) * self._width + 2 * _call(spread.tokens)
 
     def _grouped_cost(self, spread: Spread) -> float:
-        used = [(spread.counts[column], rank) for column, _, rank in self.signature if spread.counts[column]]
-        products = sum((_SKINNY * count + _READ) * rank for count, rank in used) * self._width
-        moves = 0 if spread.tokens == 1 else _MOVE * self._width * sum(count for count, _ in used)
-        return products + moves + 2 * _CALL * len(used)
+        if spread.tokens == 1:
+            ranks = [rank for column, _, rank in self.signature if spread.counts[column]]
+            return (_SKINNY + _READ) * sum(ranks) * self._width + 2 * _CALL * len(ranks)
+        return sum(self._group_cost(spread, places) for places in spread.groups(self.signature))
+
+    def _group_cost(self, spread: Spread, places: list[int]) -> float:
+        """places: of the group's experts."""
+        column, _, rank = self.signature[places[0]]
+        count, is_stacked = spread.counts[column], len(places) > 1
+        products = (_SKINNY * count + _READ + (_COPY if is_stacked else 0)) * rank * self._width
+        return len(places) * (products + _MOVE * count * self._width) + (6 if is_stacked else 4) * _call(spread.tokens)
+
+
+def _call(tokens: int) -> int:
+    """Of one token, a product is not spread over threads."""
+    return _CALL if tokens == 1 or torch.get_num_threads() == 1 else _FORK
 
 
 def add_dense(result: Tensor, x: Tensor, spread: Spread, sums: Sums, hidden: Tensor | None = None) -> Tensor:
@@ -112,9 +125,9 @@ def _added_to_one(mixed: Tensor, token: Tensor, chunk: Chunk, sums: Sums) -> Ten
 
 def _deltas(rows: Tensor, chunk: Chunk, sums: Sums) -> Tensor:
     """rows: the tokens of the chunk's pairs, (P, in) -> (P, out)."""
-    hidden = _products(rows, [sums.shrinks[place] for place in chunk.places], chunk.sizes)
+    hidden = _products(rows, [sums.shrinks[place] for place in chunk.places])
     hidden = _times(hidden, chunk.factors).to(sums.dtype)
-    return _products(hidden, [sums.expands[place] for place in chunk.places], chunk.sizes)
+    return _products(hidden, [sums.expands[place] for place in chunk.places])
 
 
 def _times(hidden: Tensor, factors: Tensor) -> Tensor:
@@ -123,14 +136,9 @@ def _times(hidden: Tensor, factors: Tensor) -> Tensor:
     return hidden.mul_(factors)
 
 
-def _products(rows: Tensor, matrices: list[Tensor], sizes: list[int]) -> Tensor:
-    """Each run of rows (P, i) times its own matrix (o, i) -> (P, widest o); what a matrix does not fill is not to be used."""
-    runs = [run[:, : matrix.shape[1]] for run, matrix in zip(rows.split(sizes), matrices, strict=True)]
-    widest = max(len(matrix) for matrix in matrices)
-    if torch.is_grad_enabled():
-        outputs = [F.linear(run, matrix) for run, matrix in zip(runs, matrices, strict=True)]
-        return torch.cat([F.pad(output, (0, widest - output.shape[1])) for output in outputs])
-    out = rows.new_empty(len(rows), widest)
-    for run, matrix, into in zip(runs, matrices, out.split(sizes), strict=True):
-        torch.mm(run, matrix.t(), out=into[:, : len(matrix)])
-    return out
+def _products(rows: Tensor, matrices: list[Tensor]) -> Tensor:
+    """Each of equal runs of rows (P, i) times its own matrix (o, i) -> (P, o). In several threads, a product of few rows takes
+    longer to start than to compute, so it is one for all runs."""
+    if len(matrices) == 1:
+        return F.linear(rows, matrices[0])
+    return torch.bmm(rows.view(len(matrices), -1, rows.shape[1]), torch.stack(matrices).transpose(1, 2)).flatten(0, 1)
