@@ -112,6 +112,13 @@ def test_a_gpu_that_is_not_there_is_one_line(tmp_path):
     assert done.returncode == 1 and "--device: cuda: no CUDA device is visible to torch" in line
 
 
+def test_routers_of_top_k_cells_use_all_experts(tmp_path):
+    models = write_models(tmp_path, Shape(256, "attention", 8, top_k=1))
+    models.routed_pass(models.ids(512))
+    tokens = (models.routed.last_routing_weights > 0).sum(dim=(0, 1))
+    assert tokens.min() > 0 and tokens.max() < 512 // 4
+
+
 def test_limits_are_those_of_the_shapes(tmp_path):
     models = write_models(tmp_path, Shape(256, "attention", 4, top_k=1))
     tokens, numbers = 64, 2 * 4 * 16 * (256 + 256)
