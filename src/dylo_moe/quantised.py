@@ -24,8 +24,6 @@ PACKAGES = {
     "eetq": "eetq",
     "aqlm": "aqlm",
 }
-
-
 _LAYS_OUT = "support_avx512bf16_for_cpu"  # of a Linear4bit
 
 

@@ -1,7 +1,7 @@
 """y + sum_e w_e s_e B_e A_e x of one layer, by whichever of two ways does less work, each with gradients.
 
 dense:   all experts' A one below the other, the weights times the scalings on their outputs, all B side by side: two products.
-grouped: each expert's products for the tokens that use it alone; what top-k weights leave out is not computed.
+grouped: each expert's products for the tokens that use it alone, filled up where several experts take one product.
 
 Shapes: B batch, S sequence, T tokens, R sum of the experts' ranks, r one expert's, P pairs of a token and an expert that it uses.
 """

@@ -12,7 +12,9 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, BitsAndBytesConfig
 from fixtures.faults import FaultySubject
 from fixtures.laws import judge
 from harness import outcome
+from harness.artifact import load_base
 from harness.bench import Bench
+from harness.readings import read_artifact
 from harness.specimens import write_base, write_checkpoint
 from harness.subjects import find_subject
 from harness.workings import Workings
@@ -73,6 +75,13 @@ def laid_out_at_the_first_pass(model: torch.nn.Module) -> None:
     for module in model.modules():
         if hasattr(module, "support_avx512bf16_for_cpu"):
             module.support_avx512bf16_for_cpu = True
+
+
+def test_the_judges_own_base_is_not_laid_out_either(checkpoint, monkeypatch):
+    monkeypatch.setattr("bitsandbytes.nn.modules.has_avx512bf16", lambda: True)
+    base = load_base(read_artifact(checkpoint[0], base_model=str(checkpoint[1])), torch.float32)
+    layers = [module for module in base.modules() if type(module).__name__ == "Linear4bit"]
+    assert layers and not any(layer.support_avx512bf16_for_cpu for layer in layers)
 
 
 def test_nobody_is_judged_by_a_layout_that_only_some_processors_have(checkpoint):

@@ -25,7 +25,8 @@ CALLS_PER_LINEAR = 20
 # Of a token that is generated, with the stacks held: no copies.
 CALLS_PER_LINEAR_AND_STEP = 16
 SLACK = 1.001
-FILLED = 1.5
+# Of the experts' part: experts that share a product are filled up to the most tokens among them. Counted: 1.17 and 1.11.
+FILLED = 1.2
 
 
 @pytest.fixture(scope="module")
@@ -49,7 +50,6 @@ def routed_flops(models: Models, model: torch.nn.Module | None = None) -> float:
 
 @pytest.mark.parametrize("name", SHAPES)
 def test_operations_of_a_routed_pass_are_those_of_its_active_experts(written, name):
-    """Where experts share a product, each computes as many tokens as the one of most, which has at most half as many more."""
     models = written(name)
     limit = models.work_limit(TOKENS)
     assert routed_flops(models) <= SLACK * (limit if models.shape.top_k is None else 1 + FILLED * (limit - 1))

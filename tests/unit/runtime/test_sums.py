@@ -8,6 +8,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from dylo_moe.spread import _FILLED, Spread
 from dylo_moe.sums import Sums, add_dense, add_grouped
+from harness.measure import intra_op_threads
 
 D_IN, D_OUT, RANKS = 7, 11, (2, 3, 2, 5)
 EXPERTS = len(RANKS)
@@ -91,6 +92,12 @@ def spread_over(experts: int, tokens: int, k: int) -> Spread:
 )
 def test_the_way_is_chosen_by_work(experts, tokens, k, grouped):
     assert wide_sums(experts).cheaper_grouped(spread_over(experts, tokens, k)) is grouped
+
+
+def test_a_call_costs_more_in_several_threads():
+    for threads, grouped in ((1, True), (2, False)):
+        with intra_op_threads(threads):
+            assert wide_sums(8).cheaper_grouped(spread_over(8, 512, 1)) is grouped
 
 
 def test_work_of_top_k_does_not_grow_with_the_number_of_experts():
